@@ -1,0 +1,59 @@
+"""What one worker is told when it starts: the contract between the launcher and a worker process.
+
+The launcher writes it as JSON, and either runs `mainstem worker --spec FILE` as a
+process of its own or forks one that has SGLang imported already. Both end in
+`engine.worker.run_worker(spec)`, so nothing but the boot time depends on the way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One worker of a cluster. Ports are chosen by the launcher and free when it looked."""
+
+    name: str
+    """Unique in the cluster: prefill-0."""
+    role: Literal["prefill", "decode", "both"]
+    host: str
+    """Address that every port of the worker listens on."""
+    port: int
+    """SGLang's HTTP server."""
+    handoff_port: int = 0
+    """A prefill worker's listener for hand-off connections; 0 for other roles."""
+    events_port: int
+    """The agent's PUB socket."""
+    replay_port: int
+    """The agent's ROUTER socket."""
+    model_path: str
+    """Folder of the checkpoint."""
+    served_model: str
+    """The name clients ask for."""
+    page_tokens: int
+    engine_args: tuple[str, ...] = ()
+    """SGLang's own flags, verbatim, as its command line takes them."""
+    environment: dict[str, str] = {}
+    routers: tuple[str, ...] = ()
+    """Base URLs of the routers to register with."""
+    key_file: str
+    """The cluster's key (transfer.auth.ClusterKey)."""
+    run_dir: str
+    """Folder for this worker's sockets and status; the launcher made it."""
+    transports: tuple[str, ...] = ("shm", "tcp")
+    """Transports that a hand-off may use, in the order of preference."""
+    handoff_timeout_s: float = 60.0
+    """A hand-off that has not ended this long after its pages were granted fails."""
+    renew_s: float = 1.0
+    """Time between two registrations."""
+
+    @classmethod
+    def read(cls, path: Path) -> WorkerSpec:
+        """Raises msgspec.ValidationError naming the field, or OSError."""
+        return msgspec.json.decode(path.read_bytes(), type=cls)
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self)))

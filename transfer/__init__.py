@@ -1,0 +1,1 @@
+"""KV pages, and moving them between processes. Knows no SGLang and no HTTP."""

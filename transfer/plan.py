@@ -1,0 +1,41 @@
+"""Which pages go where, joined into runs so that neighbours are copied at once.
+
+source pages   4 5 6 9        destination   1 2 3 4
+runs           (4 -> 1, 3 pages), (9 -> 4, 1 page)
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Pages = npt.NDArray[np.int32]
+"""Page indices, one-dimensional."""
+
+
+class Run(NamedTuple):
+    """`pages` pages from `source` on go to the pages from `destination` on."""
+
+    source: int
+    destination: int
+    pages: int
+
+
+def runs(source: Pages, destination: Pages) -> list[Run]:
+    """Runs of pages that are neighbours on both sides, in order. Raises ValueError for unequal lengths."""
+    if len(source) != len(destination):
+        raise ValueError(f"pages: wanted as many destinations as sources, {len(source)}, found {len(destination)}")
+    if len(source) == 0:
+        return []
+    breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(destination) != 1)) + 1
+    starts = np.concatenate(([0], breaks, [len(source)]))
+    return [Run(int(source[start]), int(destination[start]), int(end - start)) for start, end in pairwise(starts)]
+
+
+def check_range(pages: Pages, limit: int) -> None:
+    """Raises ValueError unless every index lies in [0, limit)."""
+    if len(pages) and (int(pages.min()) < 0 or int(pages.max()) >= limit):
+        raise ValueError(f"pages: wanted indices from 0 to {limit - 1}, found {int(pages.min())} to {int(pages.max())}")

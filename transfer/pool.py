@@ -1,0 +1,168 @@
+"""A worker's KV pool as bytes: views of its pages, and a mapping that a process of the same host can write.
+
+SGLang's own tensors live in the mapping (`SharedArena.allocate`), so a page that a
+peer writes is where the decode kernel reads it, and nobody copies it again. The
+mapping is a memfd: it has no name, no size limit but memory, and is gone with the
+last process that maps it, also after kill -9. A peer of the same user and host
+opens it through /proc and proves it by a token at its start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from transfer.layout import PoolLayout
+from transfer.plan import Run
+
+Bytes = npt.NDArray[np.uint8]
+"""A buffer's pages, shape (pages, bytes of one page)."""
+
+TOKEN_BYTES = 32
+_HEADER_BYTES = mmap.PAGESIZE
+"""The token has a memory page of its own, so that tensors start aligned."""
+
+
+class SharedAddress(msgspec.Struct, frozen=True, array_like=True):
+    """Where a process of this host finds a pool. Travels in a handshake; useless on another host."""
+
+    path: str
+    token: bytes
+    size_bytes: int
+    offsets: tuple[int, ...]
+    """Start of each buffer, in bytes from the start of the mapping."""
+
+
+class NotShared(Exception):
+    """The address does not lead to the peer's memory from here; another transport is needed."""
+
+
+class SharedArena:
+    """A growing list of mappings that this process shares. One mapping for each pool."""
+
+    def __init__(self) -> None:
+        self._mappings: list[_Mapping] = []
+
+    def allocate(self, sizes_bytes: Sequence[int]) -> list[memoryview]:
+        """Zeroed memory of these sizes, each aligned to a memory page, together in one mapping."""
+        mapping = _Mapping.create(sizes_bytes)
+        self._mappings.append(mapping)
+        return [
+            memoryview(mapping.memory)[start : start + size]
+            for start, size in zip(mapping.offsets, sizes_bytes, strict=True)
+        ]
+
+    def address_of(self, pointers: Sequence[int]) -> SharedAddress | None:
+        """The address of the mapping that holds all these buffers; None where one lies elsewhere."""
+        for mapping in self._mappings:
+            offsets = tuple(pointer - mapping.base for pointer in pointers)
+            if all(0 < offset < mapping.size_bytes for offset in offsets):
+                return SharedAddress(mapping.path, mapping.token, mapping.size_bytes, offsets)
+        return None
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    memory: mmap.mmap
+    descriptor: int
+    token: bytes
+    offsets: tuple[int, ...]
+
+    @classmethod
+    def create(cls, sizes_bytes: Sequence[int]) -> Self:
+        offsets, end = [], _HEADER_BYTES
+        for size in sizes_bytes:
+            offsets.append(end)
+            end += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        descriptor = os.memfd_create("mainstem-kv", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, end)
+        memory = mmap.mmap(descriptor, end)
+        token = secrets.token_bytes(TOKEN_BYTES)
+        memory[:TOKEN_BYTES] = token
+        return cls(memory, descriptor, token, tuple(offsets))
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.memory)
+
+    @property
+    def base(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+    @property
+    def path(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self.descriptor}"
+
+
+class Pool:
+    """The pages of one pool, as arrays that share its memory."""
+
+    def __init__(self, layout: PoolLayout, buffers: list[Bytes]) -> None:
+        self.layout = layout
+        self.buffers = buffers
+
+    @classmethod
+    def at(cls, layout: PoolLayout, pointers: Sequence[int]) -> Self:
+        """The pool whose buffers start at these addresses of this process. They must outlive it."""
+        return cls(
+            layout,
+            [
+                np.ctypeslib.as_array((ctypes.c_uint8 * (layout.pages * page_bytes)).from_address(pointer)).reshape(
+                    layout.pages, page_bytes
+                )
+                for pointer, page_bytes in zip(pointers, layout.page_bytes, strict=True)
+            ],
+        )
+
+    @classmethod
+    def zeros(cls, layout: PoolLayout) -> Self:
+        """A pool of its own memory: for tests and benchmarks."""
+        return cls(layout, [np.zeros((layout.pages, page_bytes), np.uint8) for page_bytes in layout.page_bytes])
+
+    @classmethod
+    def open_shared(cls, layout: PoolLayout, address: SharedAddress) -> Self:
+        """A peer's pool, mapped here. Raises NotShared, with the reason, where it cannot be reached."""
+        try:
+            descriptor = os.open(address.path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise NotShared(f"{address.path}: {error.strerror}") from error
+        try:
+            if os.fstat(descriptor).st_size != address.size_bytes:
+                raise NotShared(f"{address.path}: wanted {address.size_bytes} bytes, found another size")
+            if os.pread(descriptor, TOKEN_BYTES, 0) != address.token:
+                raise NotShared(f"{address.path}: not the peer's memory")
+            memory = mmap.mmap(descriptor, address.size_bytes)
+        finally:
+            os.close(descriptor)
+        whole = np.frombuffer(memory, np.uint8)
+        buffers = []
+        for offset, page_bytes in zip(address.offsets, layout.page_bytes, strict=True):
+            end = offset + layout.pages * page_bytes
+            if not 0 < offset < end <= address.size_bytes:
+                raise NotShared(f"offsets: wanted buffers within {address.size_bytes} bytes, found one ending at {end}")
+            buffers.append(whole[offset:end].reshape(layout.pages, page_bytes))
+        return cls(layout, buffers)
+
+    def copy_to(self, other: Pool, runs: Sequence[Run]) -> int:
+        """Copies these runs of pages into `other`, buffer by buffer. Returns the bytes copied."""
+        for mine, theirs in zip(self.buffers, other.buffers, strict=True):
+            for run in runs:
+                theirs[run.destination : run.destination + run.pages] = mine[run.source : run.source + run.pages]
+        return sum(run.pages for run in runs) * self.layout.bytes_per_page
+
+    def views(self, starts_and_counts: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """The bytes of these runs of pages, buffer by buffer: what goes over a socket."""
+        return [
+            buffer[start : start + count].reshape(-1).data
+            for buffer in self.buffers
+            for start, count in starts_and_counts
+        ]

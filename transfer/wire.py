@@ -1,0 +1,161 @@
+"""Every message between a worker's agent and a router, with one version number.
+
+    agent ── POST /internal/register (JSON, signed) ──> router     every `renew_s`: it is the heartbeat too
+    agent ══ PUB  Batch (msgpack)                   ══> router     what its KV cache stored and dropped
+    router ── DEALER PageRequest (msgpack)          ──> agent      "I have up to sequence n of epoch e"
+    agent ── ROUTER Batch… | Snapshot… then CaughtUp ─> router
+
+A worker's batches carry (worker, epoch, sequence). Sequence starts at 1 in each
+epoch and grows by one. A router that sees a gap, or a new epoch, asks. Snapshots
+come in parts, parents before children; `CaughtUp` says which sequence they reach.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Literal
+
+import msgspec
+
+VERSION = 1
+"""Raised when a message changes its meaning. Both sides refuse another version."""
+
+Role = Literal["prefill", "decode", "both"]
+WorkerState = Literal["starting", "ready", "draining"]
+
+
+class Tier(IntEnum):
+    """Where a page lies; lower is nearer to the accelerator."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+    EXTERNAL = 3
+
+
+class Stored(msgspec.Struct, frozen=True, array_like=True, tag="s"):
+    """These pages, one after the other, are in the cache now.
+
+    parent  id of the page before ids[0], or its namespace's root id
+    depth   pages before ids[0]: 0 where `parent` is a root
+    """
+
+    parent: int
+    depth: int
+    ids: list[int]
+    tier: Tier = Tier.DEVICE
+
+
+class Removed(msgspec.Struct, frozen=True, array_like=True, tag="r"):
+    """These pages are no longer in the cache."""
+
+    ids: list[int]
+    tier: Tier = Tier.DEVICE
+
+
+class Cleared(msgspec.Struct, frozen=True, array_like=True, tag="c"):
+    """The cache is empty now."""
+
+
+PageEvent = Stored | Removed | Cleared
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True, tag="b"):
+    """Events in the order in which they happened."""
+
+    worker: str
+    epoch: int
+    sequence: int
+    events: list[PageEvent]
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag="S"):
+    """A part of everything that the worker holds. The first part has index 0 and replaces all before it."""
+
+    worker: str
+    epoch: int
+    index: int
+    pages: list[Stored]
+
+
+class CaughtUp(msgspec.Struct, frozen=True, array_like=True, tag="u"):
+    """The end of an answer: whoever applied it stands at `sequence`."""
+
+    worker: str
+    epoch: int
+    sequence: int
+
+
+PageMessage = Batch | Snapshot | CaughtUp
+
+
+class PageRequest(msgspec.Struct, frozen=True, array_like=True, tag="q"):
+    """Send what came after `sequence` of `epoch`; (0, 0) asks for everything."""
+
+    epoch: int
+    sequence: int
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's own account of its load, read from its load endpoint."""
+
+    running_requests: int = 0
+    waiting_requests: int = 0
+    waiting_uncached_tokens: int = 0
+    used_tokens: int = 0
+    """KV slots in use by running requests and by the cache."""
+
+
+class Registration(msgspec.Struct, frozen=True, kw_only=True):
+    """Who a worker is. All of it is read back from the engine, none of it is typed twice."""
+
+    version: int = VERSION
+    worker: str
+    epoch: int
+    """Nanoseconds since 1970 when this life of the worker began: a restarted worker is a new one."""
+    role: Role
+    state: WorkerState
+    url: str
+    """The engine's HTTP address, http://host:port."""
+    handoff_host: str = ""
+    handoff_port: int = 0
+    """Where a prefill worker takes hand-off connections; 0 for decode."""
+    events: str
+    """ZeroMQ address of the PUB socket."""
+    replay: str
+    """ZeroMQ address of the ROUTER socket."""
+    model: str
+    """The name under which the model is served."""
+    revision: str = ""
+    page_tokens: int
+    kv_dtype: str
+    capacity_tokens: int
+    """KV slots, in tokens."""
+    max_context_tokens: int
+    sequence: int = 0
+    """Last page-event sequence published: a router that stands below it has missed the tail."""
+    held_pages: int = 0
+    load: Load = Load()
+    lease_s: float = 5.0
+    """The router forgets the worker when it has not been renewed for so long."""
+    leaving: bool = False
+    """Says goodbye: forget this epoch at once."""
+
+
+class Registered(msgspec.Struct, frozen=True, kw_only=True):
+    """The router's answer to a registration."""
+
+    version: int = VERSION
+    router: str
+    """An id of this life of the router; a new one has to be told nothing else, it asks for a snapshot."""
+
+
+_batch_encoder = msgspec.msgpack.Encoder()
+encode = _batch_encoder.encode
+"""Any message of this module as msgpack. Safe to call from several threads."""
+
+decode_page_message = msgspec.msgpack.Decoder(PageMessage).decode
+"""bytes -> Batch | Snapshot | CaughtUp. Raises msgspec.ValidationError or DecodeError."""
+
+decode_page_request = msgspec.msgpack.Decoder(PageRequest).decode
+"""bytes -> PageRequest. Raises msgspec.ValidationError or DecodeError."""
