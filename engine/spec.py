@@ -57,3 +57,14 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def write(self, path: Path) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self)))
+
+
+SPEC_VARIABLE = "MAINSTEM_WORKER_SPEC"
+"""Environment of a worker's processes: the path of its spec."""
+EPOCH_VARIABLE = "MAINSTEM_WORKER_EPOCH"
+"""Environment of a worker's processes: nanoseconds since 1970 when this life of it began."""
+
+
+def page_socket(spec: WorkerSpec) -> str:
+    """ZeroMQ address on which the agent takes page events from the scheduler's process."""
+    return f"ipc://{spec.run_dir}/pages.ipc"

@@ -17,6 +17,7 @@ import secrets
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import zmq
 from zmq.utils import z85
@@ -81,13 +82,13 @@ class ClusterKey:
         if abs(now_s - float(stamp)) > SIGNATURE_LIFETIME_S:
             raise BadSignature(f"signature: wanted one of the last {SIGNATURE_LIFETIME_S:.0f} s, check the clocks")
 
-    def secure_server(self, socket: zmq.Socket[bytes]) -> None:
+    def secure_server(self, socket: zmq.Socket[Any]) -> None:
         """Lets in only clients that derive the server's public key from the same secret. Call before bind."""
         public, secret = self._curve("server")
         socket.curve_server = True
         socket.curve_publickey, socket.curve_secretkey = public, secret
 
-    def secure_client(self, socket: zmq.Socket[bytes]) -> None:
+    def secure_client(self, socket: zmq.Socket[Any]) -> None:
         """The other side of `secure_server`. Call before connect."""
         socket.curve_serverkey = self._curve("server")[0]
         socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()

@@ -105,6 +105,10 @@ class Receiver:
     def open(self, room: int, host: str, port: int) -> None:
         """A request will get its pages from the prefill worker at this address."""
         with self._lock:
+            known = self._rooms.get(room)
+            if known is not None and known.state not in TERMINAL:
+                self._fail(room, known, f"room: wanted one of its own for each request, found {room} twice")
+                return
             self._rooms[room] = _Incoming((host, port), self._clock())
         self._courier.call(self._attach, room)
 

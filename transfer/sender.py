@@ -124,7 +124,10 @@ class Sender:
     def offer(self, room: int) -> None:
         """This worker has the request of this room."""
         with self._lock:
-            self._advance(room, Event.OFFERED)
+            try:
+                self._advance(room, Event.OFFERED)
+            except IllegalEvent:
+                self._fail(room, self._rooms[room], f"room: wanted one of its own for each request, found {room} twice")
 
     def send(self, room: int, pages: Pages, aux: list[bytes] | None = None) -> None:
         """Queues these pages of the pool, next in the prompt's order; `aux` makes it the last chunk.

@@ -1,0 +1,218 @@
+"""Beside each engine: says who it is, what it holds and how loaded it is, to every router.
+
+    scheduler ── ipc ──> PULL ┐                ┌─ PUB    ══> routers      batches of page events
+                              ├── Journal ─────┤
+    router ── DEALER ──> ROUTER┘               └─ ROUTER ──> that router  what it missed
+    engine's /v1/loads ───────> Registration ───── POST ───> routers      each renewal is a heartbeat
+
+It lives in a thread of the worker's HTTP process: it is up exactly as long as the
+worker, and knows nothing that the engine did not say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import msgspec
+import zmq
+import zmq.asyncio
+
+from engine.journal import Journal
+from engine.outbox import decode_events
+from engine.spec import WorkerSpec, page_socket
+from transfer import wire
+from transfer.auth import SIGNATURE_HEADER, ClusterKey
+from transfer.courier import Courier
+
+log = logging.getLogger(__name__)
+
+ENGINE_TIMEOUT_S = 5.0
+"""For a question to the engine of this worker."""
+ROUTER_TIMEOUT_S = 2.0
+"""For a registration: a router that does not answer must not delay the others' leases."""
+LEASE_RENEWALS = 5
+"""A lease outlives so many missed renewals."""
+CLOSE_TIMEOUT_S = 3.0
+
+
+class EngineFacts(msgspec.Struct, frozen=True):
+    """What the engine says about itself once it is up (`/server_info`)."""
+
+    page_size: int
+    max_total_num_tokens: int
+    context_length: int | None = None
+    max_req_input_len: int | None = None
+    dtype: str = ""
+    kv_cache_dtype: str = "auto"
+
+
+class Agent:
+    """Starts with `start`, tells routers that the worker is ready after `engine_ready`, says goodbye in `close`."""
+
+    def __init__(self, spec: WorkerSpec, epoch: int, key: ClusterKey) -> None:
+        self._spec = spec
+        self._key = key
+        self._journal = Journal(spec.name, epoch)
+        self._facts: EngineFacts | None = None
+        self._load = wire.Load()
+        self._said: dict[str, bool] = {}
+        self._courier: Courier | None = None
+        self._ready = False
+
+    def start(self) -> None:
+        """Binds the sockets and begins to register. Raises OSError for a port in use."""
+        self._courier = Courier(f"agent-{self._spec.name}")
+        self._courier.run(self._open(), CLOSE_TIMEOUT_S)
+
+    def engine_ready(self) -> None:
+        """The engine takes requests. May be called from any thread."""
+        self._ready = True
+
+    def close(self) -> None:
+        """Tells the routers that this life of the worker is over."""
+        if self._courier is None:
+            return
+        try:
+            self._courier.run(self._say_goodbye(), CLOSE_TIMEOUT_S)
+        except TimeoutError:
+            log.warning("goodbye not delivered: the lease will run out instead")
+        self._courier.close()
+
+    async def _open(self) -> None:
+        assert self._courier is not None
+        spec, context = self._spec, zmq.asyncio.Context.instance()
+        pages = context.socket(zmq.PULL)
+        pages.set_hwm(0)
+        pages.bind(page_socket(spec))
+        publisher = context.socket(zmq.PUB)
+        publisher.set_hwm(0)
+        replay = context.socket(zmq.ROUTER)
+        for socket, port in ((publisher, spec.events_port), (replay, spec.replay_port)):
+            self._key.secure_server(socket)
+            socket.ipv6 = ":" in spec.host
+            socket.bind(_tcp(spec.host, port))
+        self._courier.spawn(self._publish(pages, publisher))
+        self._courier.spawn(self._replay(replay))
+        self._courier.spawn(self._renew())
+
+    async def _publish(self, pages: zmq.asyncio.Socket, publisher: zmq.asyncio.Socket) -> None:
+        while True:
+            batch = self._journal.apply(decode_events(await pages.recv()))
+            await publisher.send(wire.encode(batch))
+
+    async def _replay(self, replay: zmq.asyncio.Socket) -> None:
+        while True:
+            router, body = await replay.recv_multipart()
+            try:
+                request = wire.decode_page_request(body)
+            except msgspec.MsgspecError as error:
+                log.warning("page request refused: %s", error)
+                continue
+            for message in self._journal.answer(request):
+                await replay.send_multipart([router, wire.encode(message)])
+
+    async def _renew(self) -> None:
+        async with self._session() as session:
+            while True:
+                started_s = time.monotonic()
+                if self._ready:
+                    await self._look(session)
+                await asyncio.gather(*(self._register(session, router, False) for router in self._spec.routers))
+                await asyncio.sleep(max(0.0, self._spec.renew_s - (time.monotonic() - started_s)))
+
+    async def _look(self, session: aiohttp.ClientSession) -> None:
+        """Reads the engine's facts, once, and its load. An engine too busy to answer keeps its last ones."""
+        try:
+            if self._facts is None:
+                self._facts = msgspec.convert(await self._ask(session, "/server_info"), EngineFacts, strict=False)
+            loads = (await self._ask(session, "/v1/loads?include=core"))["loads"]
+        except (aiohttp.ClientError, TimeoutError, msgspec.ValidationError, KeyError) as error:
+            log.warning("engine did not answer: %s", error or "no answer in time")
+            return
+        self._load = wire.Load(
+            running_requests=sum(load["num_running_reqs"] for load in loads),
+            waiting_requests=sum(load["num_waiting_reqs"] for load in loads),
+            waiting_uncached_tokens=sum(load.get("num_waiting_uncached_tokens") or 0 for load in loads),
+            used_tokens=sum(load["num_used_tokens"] for load in loads),
+        )
+
+    async def _ask(self, session: aiohttp.ClientSession, path: str) -> Any:
+        async with session.get(self._url + path, timeout=aiohttp.ClientTimeout(ENGINE_TIMEOUT_S)) as answer:
+            answer.raise_for_status()
+            return await answer.json()
+
+    async def _register(self, session: aiohttp.ClientSession, router: str, leaving: bool) -> None:
+        body = msgspec.json.encode(self._registration(leaving))
+        headers = {SIGNATURE_HEADER: self._key.sign(body, time.time()), "content-type": "application/json"}
+        timeout = aiohttp.ClientTimeout(ROUTER_TIMEOUT_S)
+        try:
+            async with session.post(
+                f"{router}/internal/register", data=body, headers=headers, timeout=timeout
+            ) as answer:
+                problem = None if answer.status == 200 else f"{answer.status} {(await answer.text())[:200]}"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            problem = str(error) or "no answer in time"
+        if self._said.get(router) != (problem is None):
+            self._said[router] = problem is None
+            if problem is None:
+                log.info("registered router=%s", router)
+            else:
+                log.warning("not registered router=%s reason=%s", router, problem)
+
+    async def _say_goodbye(self) -> None:
+        async with self._session() as session:
+            await asyncio.gather(*(self._register(session, router, True) for router in self._spec.routers))
+
+    def _registration(self, leaving: bool) -> wire.Registration:
+        spec, facts = self._spec, self._facts
+        return wire.Registration(
+            worker=spec.name,
+            epoch=self._journal.epoch,
+            role=spec.role,
+            state="ready" if facts is not None else "starting",
+            url=self._url,
+            handoff_host=spec.host if spec.role == "prefill" else "",
+            handoff_port=spec.handoff_port,
+            events=_tcp(spec.host, spec.events_port),
+            replay=_tcp(spec.host, spec.replay_port),
+            model=spec.served_model,
+            page_tokens=facts.page_size if facts else spec.page_tokens,
+            kv_dtype=_kv_dtype(facts) if facts else "",
+            capacity_tokens=facts.max_total_num_tokens if facts else 0,
+            max_context_tokens=_max_context(facts) if facts else 0,
+            sequence=self._journal.sequence,
+            held_pages=len(self._journal.held),
+            load=self._load,
+            lease_s=LEASE_RENEWALS * spec.renew_s,
+            leaving=leaving,
+        )
+
+    @property
+    def _url(self) -> str:
+        host = f"[{self._spec.host}]" if ":" in self._spec.host else self._spec.host
+        return f"http://{host}:{self._spec.port}"
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[aiohttp.ClientSession]:
+        async with aiohttp.ClientSession(trust_env=False) as session:
+            yield session
+
+
+def _tcp(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _kv_dtype(facts: EngineFacts) -> str:
+    return facts.dtype if facts.kv_cache_dtype == "auto" else facts.kv_cache_dtype
+
+
+def _max_context(facts: EngineFacts) -> int:
+    """Tokens that prompt and answer may have together."""
+    limits = [limit for limit in (facts.context_length, facts.max_total_num_tokens) if limit]
+    return min(limits)

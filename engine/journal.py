@@ -1,0 +1,96 @@
+"""What a worker's cache holds, and what it said about it: enough to bring any router up to date.
+
+    apply(events)   -> Batch            numbered, to be published
+    answer(request) -> Batch… CaughtUp  where the gap is still in memory
+                    -> Snapshot… CaughtUp  everything, parents before children, where it is not
+
+Pure: no sockets, no clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from transfer.wire import Batch, CaughtUp, Cleared, PageEvent, PageMessage, PageRequest, Removed, Snapshot, Stored, Tier
+
+REMEMBERED_BATCHES = 4096
+SNAPSHOT_PART_PAGES = 8192
+"""Pages in one part of a snapshot: about 100 kB on the wire."""
+
+
+class Journal:
+    """One life of one worker's cache.
+
+    worker, epoch  who it is
+    held           page id -> (parent id, depth, tier); parents were stored before their children
+    """
+
+    def __init__(self, worker: str, epoch: int) -> None:
+        self.worker = worker
+        self.epoch = epoch
+        self.sequence = 0
+        self.held: dict[int, tuple[int, int, Tier]] = {}
+        self._recent: deque[Batch] = deque(maxlen=REMEMBERED_BATCHES)
+
+    def apply(self, events: list[PageEvent]) -> Batch:
+        """Takes these events in, and gives them the next number."""
+        for event in events:
+            self._apply(event)
+        self.sequence += 1
+        batch = Batch(self.worker, self.epoch, self.sequence, events)
+        self._recent.append(batch)
+        return batch
+
+    def answer(self, request: PageRequest) -> Iterator[PageMessage]:
+        """Whatever brings a router that stands where `request` says to `sequence`."""
+        if request.epoch == self.epoch and self._remembers(request.sequence + 1):
+            yield from (batch for batch in self._recent if batch.sequence > request.sequence)
+        else:
+            yield from self._snapshot()
+        yield CaughtUp(self.worker, self.epoch, self.sequence)
+
+    def _apply(self, event: PageEvent) -> None:
+        match event:
+            case Stored(parent, depth, ids, tier):
+                for offset, page in enumerate(ids):
+                    # Inserted anew, not updated in place: the order of `held` keeps parents before children.
+                    self.held.pop(page, None)
+                    self.held[page] = (parent, depth + offset, tier)
+                    parent = page
+            case Removed(ids):
+                for page in ids:
+                    self.held.pop(page, None)
+            case Cleared():
+                self.held.clear()
+
+    def _remembers(self, sequence: int) -> bool:
+        if sequence > self.sequence:
+            return sequence == self.sequence + 1
+        return bool(self._recent) and self._recent[0].sequence <= sequence
+
+    def _snapshot(self) -> Iterator[Snapshot]:
+        part: list[Stored] = []
+        index = pages = 0
+        for run in _runs(self.held):
+            part.append(run)
+            pages += len(run.ids)
+            if pages >= SNAPSHOT_PART_PAGES:
+                yield Snapshot(self.worker, self.epoch, index, part)
+                part, pages, index = [], 0, index + 1
+        if part or index == 0:
+            yield Snapshot(self.worker, self.epoch, index, part)
+
+
+def _runs(held: dict[int, tuple[int, int, Tier]]) -> Iterator[Stored]:
+    """The pages in order of depth, neighbours of one chain joined where they follow each other."""
+    run: Stored | None = None
+    for page, (parent, depth, tier) in sorted(held.items(), key=lambda item: item[1][1]):
+        if run is not None and run.ids[-1] == parent and run.tier == tier and len(run.ids) < SNAPSHOT_PART_PAGES:
+            run.ids.append(page)
+            continue
+        if run is not None:
+            yield run
+        run = Stored(parent, depth, [page], tier)
+    if run is not None:
+        yield run

@@ -1,0 +1,255 @@
+"""SGLang's interface to a KV transfer backend, over `transfer.sender` and `transfer.receiver`.
+
+SGLang polls each request's sender or receiver on its scheduler thread, every tick.
+All of these methods only read or set a state under a short lock; connecting,
+copying and waiting happen on the courier's thread. SGLang's own bootstrap server
+and its sockets are not used: decode connects to prefill's hand-off port itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sglang.srt.disaggregation.base.conn import (
+    BaseKVBootstrapServer,
+    BaseKVManager,
+    BaseKVReceiver,
+    BaseKVSender,
+    KVArgs,
+    KVPoll,
+    KVTransferMetric,
+)
+from sglang.srt.disaggregation.utils import DisaggregationMode
+
+from engine.spec import WorkerSpec
+from transfer.auth import ClusterKey
+from transfer.deadlines import Deadlines
+from transfer.layout import PoolLayout
+from transfer.pool import Pool, SharedArena
+from transfer.receiver import Receiver
+from transfer.sender import Sender
+from transfer.session import ReceiverState, SenderState
+
+log = logging.getLogger(__name__)
+
+SENDER_POLL = {
+    SenderState.ABSENT: KVPoll.Bootstrapping,
+    SenderState.OFFERED: KVPoll.Bootstrapping,
+    SenderState.RESERVED: KVPoll.Bootstrapping,
+    SenderState.GRANTED: KVPoll.WaitingForInput,
+    SenderState.STREAMING: KVPoll.Transferring,
+    SenderState.LANDING: KVPoll.Transferring,
+    SenderState.DONE: KVPoll.Success,
+    SenderState.FAILED: KVPoll.Failed,
+}
+RECEIVER_POLL = {
+    ReceiverState.CONNECTING: KVPoll.Bootstrapping,
+    ReceiverState.READY: KVPoll.WaitingForInput,
+    ReceiverState.GRANTED: KVPoll.Transferring,
+    ReceiverState.STREAMING: KVPoll.Transferring,
+    # Failed frees the landing pages: not before the writer has stopped.
+    ReceiverState.FENCING: KVPoll.Transferring,
+    ReceiverState.DONE: KVPoll.Success,
+    ReceiverState.FAILED: KVPoll.Failed,
+}
+
+
+class HandoffFailed(Exception):
+    """What SGLang shows as the reason of an aborted request."""
+
+
+@dataclass(frozen=True)
+class _PrefillInfo:
+    """What SGLang's decode queue asks about a prefill worker before it starts a receiver."""
+
+    dp_size: int = 1
+    follow_bootstrap_room: bool = True
+
+
+class _AnyPrefill(dict[str, _PrefillInfo]):
+    """SGLang looks a prefill worker's topology up here and would fetch it by HTTP, on the scheduler
+    thread, where it is missing. Every worker of ours has one rank, so nothing is ever missing."""
+
+    def get(self, key: str, default: Any = None) -> _PrefillInfo:
+        return _PrefillInfo()
+
+
+class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
+    """One for each scheduler process. Holds the sender (prefill) or the receiver (decode)."""
+
+    def __init__(
+        self,
+        args: KVArgs,
+        disaggregation_mode: DisaggregationMode,
+        server_args: Any,
+        is_mla_backend: bool | None = False,
+        *,
+        spec: WorkerSpec,
+        epoch: int,
+        arena: SharedArena,
+    ) -> None:
+        if server_args.device != "cpu":
+            raise ValueError(f"device: wanted cpu, found {server_args.device}: no transport for its memory yet")
+        if any(args.state_types):
+            raise ValueError("model: wanted one whose KV cache is plain attention, found one with other state")
+        self.kv_args = args
+        self.prefill_info_table = _AnyPrefill()
+        pool, aux = _pools(args, server_args)
+        key = ClusterKey.read(Path(spec.key_file))
+        deadlines = Deadlines(handoff_s=spec.handoff_timeout_s)
+        self.sender: Sender | None = None
+        self.receiver: Receiver | None = None
+        self._aux = aux
+        if disaggregation_mode == DisaggregationMode.PREFILL:
+            self.sender = Sender(
+                pool, key, worker=spec.name, epoch=epoch, transports=spec.transports, deadlines=deadlines
+            )
+            self.sender.listen(spec.host, spec.handoff_port)
+        else:
+            self.receiver = Receiver(
+                pool,
+                aux,
+                key,
+                shared=arena.address_of(args.kv_data_ptrs),
+                worker=spec.name,
+                epoch=epoch,
+                transports=spec.transports,
+                deadlines=deadlines,
+            )
+
+    def register_to_bootstrap(self) -> None:
+        """Nobody to register with: the router tells decode where prefill listens."""
+
+    def aux_row(self, index: int) -> list[bytes]:
+        """A copy of a request's row of each auxiliary buffer."""
+        return [bytes(view) for view in self._aux.views([(index, 1)])]
+
+
+class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
+    """One request on a prefill worker."""
+
+    def __init__(
+        self,
+        mgr: MainstemKVManager,
+        bootstrap_addr: str,
+        bootstrap_room: int,
+        dest_tp_ranks: Sequence[int],
+        pp_rank: int,
+        req_has_disagg_prefill_dp_rank: bool = False,
+    ) -> None:
+        assert mgr.sender is not None, "a sender needs a prefill worker's manager"
+        self._manager = mgr
+        self._sender = mgr.sender
+        self._room = bootstrap_room
+        self._pages = 0
+        self._sent_pages = 0
+        self._aux_index = 0
+        self._sender.offer(bootstrap_room)
+
+    def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
+        assert aux_index is not None, "SGLang gives every request a metadata row"
+        self._pages, self._aux_index = num_kv_indices, aux_index
+
+    def pop_decode_prefix_len(self) -> int:
+        return self._sender.prefix_tokens(self._room)
+
+    def should_send_kv_chunk(self, num_pages: int, last_chunk: bool) -> bool:
+        return num_pages > 0 or last_chunk
+
+    def send(self, kv_indices: npt.NDArray[np.int32], state_indices: list[Any] | None = None, **_later: Any) -> None:
+        """Queues these pages. The last chunk is not marked by SGLang: it is the one that makes the count whole."""
+        self._sent_pages += len(kv_indices)
+        last = self._sent_pages == self._pages
+        self._sender.send(self._room, kv_indices, self._manager.aux_row(self._aux_index) if last else None)
+
+    def poll(self) -> int:
+        return int(SENDER_POLL[self._sender.state(self._room)])
+
+    def get_transfer_metric(self) -> KVTransferMetric:
+        return KVTransferMetric(transfer_total_bytes=self._sender.sent_bytes(self._room))
+
+    def failure_exception(self) -> None:
+        raise HandoffFailed(self._sender.reason(self._room) or "hand-off failed")
+
+    def clear(self) -> None:
+        self._sender.forget(self._room)
+
+    def abort(self) -> None:
+        self._sender.fail(self._room, "request aborted")
+
+
+class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]
+    """One request on a decode worker."""
+
+    require_staging = False
+
+    def __init__(self, mgr: MainstemKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
+        assert mgr.receiver is not None, "a receiver needs a decode worker's manager"
+        assert bootstrap_room is not None, "SGLang refuses a request without a room before it comes here"
+        self._receiver = mgr.receiver
+        self._room = bootstrap_room
+        self._address = bootstrap_addr
+        self.conclude_state: int | None = None
+
+    def init(self, prefill_dp_rank: int) -> None:
+        host, _, port = self._address.rpartition(":")
+        self._receiver.open(self._room, host.strip("[]"), int(port))
+
+    def send_metadata(
+        self,
+        kv_indices: npt.NDArray[np.int32],
+        aux_index: int | None = None,
+        state_indices: list[Any] | None = None,
+        decode_prefix_len: int | None = None,
+    ) -> None:
+        assert aux_index is not None, "SGLang gives every request a metadata row"
+        self._receiver.grant(self._room, kv_indices, aux_index, decode_prefix_len or 0)
+
+    def poll(self) -> int:
+        return int(RECEIVER_POLL[self._receiver.state(self._room)])
+
+    def failure_exception(self) -> None:
+        raise HandoffFailed(self._receiver.reason(self._room) or "hand-off failed")
+
+    def clear(self) -> None:
+        self._receiver.forget(self._room)
+
+    def abort(self) -> None:
+        self._receiver.fail(self._room, "request aborted")
+        if self._receiver.state(self._room) is ReceiverState.FAILED:
+            # SGLang's queue of requests that wait for pages polls again only where it sees this.
+            self.conclude_state = KVPoll.Failed
+
+
+class NoBootstrapServer(BaseKVBootstrapServer):  # type: ignore[misc]
+    """SGLang starts a bootstrap server on prefill workers; the hand-off port needs none."""
+
+    def __init__(self, host: str, port: int) -> None:
+        pass
+
+
+def _pools(args: KVArgs, server_args: Any) -> tuple[Pool, Pool]:
+    """The KV pool and the auxiliary rows, as pools over SGLang's own memory."""
+    layout = PoolLayout(
+        model=server_args.served_model_name,
+        dtype=str(server_args.kv_cache_dtype if server_args.kv_cache_dtype != "auto" else server_args.dtype),
+        page_tokens=args.page_size,
+        page_bytes=tuple(args.kv_item_lens),
+        aux_row_bytes=tuple(args.aux_item_lens),
+        pages=min(length // item for length, item in zip(args.kv_data_lens, args.kv_item_lens, strict=True)),
+    )
+    aux = PoolLayout(
+        model="",
+        dtype="",
+        page_tokens=1,
+        page_bytes=tuple(args.aux_item_lens),
+        aux_row_bytes=(),
+        pages=min(length // item for length, item in zip(args.aux_data_lens, args.aux_item_lens, strict=True)),
+    )
+    return Pool.at(layout, args.kv_data_ptrs), Pool.at(aux, args.aux_data_ptrs)

@@ -1,0 +1,145 @@
+"""What SGLang loads in each of its processes (entry point `sglang.srt.plugins`).
+
+It registers hooks and nothing else; they act only in a worker that Mainstem started
+(MAINSTEM_WORKER_SPEC is set), so having Mainstem installed changes no other SGLang.
+
+    transfer backend "mainstem"   -> engine.sglang_handoff
+    KV pools on a CPU             -> in memory that a peer can map
+    radix tree's stores, removals -> engine.page_events -> engine.outbox -> agent
+    no CUDA                       -> engine.sglang_cpu
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.disaggregation import utils as disaggregation
+from sglang.srt.disaggregation.base import KVArgs
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.server_args import DISAGG_TRANSFER_BACKEND_CHOICES, add_disagg_transfer_backend_choices
+
+from engine import sglang_cpu
+from engine.outbox import Outbox
+from engine.page_events import PageEvents
+from engine.spec import EPOCH_VARIABLE, SPEC_VARIABLE, WorkerSpec, page_socket
+from transfer.pool import SharedArena
+
+BACKEND = "mainstem"
+
+
+def register() -> None:
+    """SGLang calls this once in each process, before it reads its arguments."""
+    _add_backend()
+    hooks = WorkerHooks()
+    events = "sglang.srt.mem_cache.events.KVCacheEventMixin."
+    pool = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool."
+    HookRegistry.register("sglang.srt.disaggregation.utils.get_kv_class", hooks.kv_class, HookType.AROUND)
+    HookRegistry.register(pool + "_create_buffers_normal", hooks.create_buffers, HookType.AROUND)
+    HookRegistry.register(events + "_record_store_event", hooks.stored, HookType.AROUND)
+    HookRegistry.register(events + "_record_remove_event", hooks.removed, HookType.AROUND)
+    HookRegistry.register(events + "_record_all_cleared_event", hooks.cleared, HookType.AROUND)
+    sglang_cpu.apply()
+
+
+class WorkerHooks:
+    """The hooks, and what they share in one process: the worker's spec, its arena, its way to the agent."""
+
+    def __init__(self) -> None:
+        self._arena = SharedArena()
+
+    @functools.cached_property
+    def _spec(self) -> WorkerSpec | None:
+        """None outside a worker of ours. Read late: a process that is forked gets it after the plug-in was loaded."""
+        path = os.environ.get(SPEC_VARIABLE)
+        return WorkerSpec.read(Path(path)) if path else None
+
+    @functools.cached_property
+    def _page_events(self) -> PageEvents | None:
+        """None where this process is not the one rank whose tree is told of."""
+        parallel = get_parallel()
+        if self._spec is None or parallel.attn_tp_rank or parallel.attn_cp_rank:
+            return None
+        outbox = Outbox(page_socket(self._spec))
+        return PageEvents(self._spec.served_model, "", outbox.put)
+
+    def kv_class(self, original: Any, transfer_backend: Any, class_type: Any) -> Any:
+        """SGLang asks for the classes of a transfer backend one by one."""
+        if transfer_backend.value != BACKEND:
+            return original(transfer_backend, class_type)
+        if self._spec is None:
+            raise RuntimeError(f"{SPEC_VARIABLE}: wanted a worker spec, found none: start workers with `mainstem up`")
+        from engine import sglang_handoff
+
+        kinds = disaggregation.KVClassType
+        return {
+            kinds.KVARGS: KVArgs,
+            kinds.MANAGER: functools.partial(
+                sglang_handoff.MainstemKVManager,
+                spec=self._spec,
+                epoch=int(os.environ[EPOCH_VARIABLE]),
+                arena=self._arena,
+            ),
+            kinds.SENDER: sglang_handoff.MainstemKVSender,
+            kinds.RECEIVER: sglang_handoff.MainstemKVReceiver,
+            kinds.BOOTSTRAP_SERVER: sglang_handoff.NoBootstrapServer,
+        }[class_type]
+
+    def create_buffers(self, original: Any, pool: Any) -> None:
+        """K and V of every layer, in memory that a peer on this host can map, where SGLang would take private one."""
+        if self._spec is None or torch.device(pool.device).type != "cpu" or pool.kv_cache_layout != "nhd":
+            original(pool)
+            return
+        k_shape, v_shape = pool._kv_buffer_shapes()
+        shapes = [k_shape] * pool.layer_num + [v_shape] * pool.layer_num
+        sizes = [_size_bytes(shape, pool.store_dtype) for shape in shapes]
+        tensors = [
+            torch.frombuffer(memory, dtype=pool.store_dtype).view(shape)
+            for memory, shape in zip(self._arena.allocate(sizes), shapes, strict=True)
+        ]
+        pool.k_buffer, pool.v_buffer = tensors[: pool.layer_num], tensors[pool.layer_num :]
+
+    def stored(self, original: Any, cache: Any, node: Any, medium: str | None = None) -> None:
+        if self._page_events is None:
+            original(cache, node, medium)
+        else:
+            self._page_events.stored(node, cache.page_size, medium)
+
+    def removed(self, original: Any, cache: Any, node: Any, medium: str | None = None) -> None:
+        if self._page_events is None:
+            original(cache, node, medium)
+        else:
+            self._page_events.removed(node, cache.page_size, medium)
+
+    def cleared(self, original: Any, cache: Any) -> None:
+        if self._page_events is None:
+            original(cache)
+        else:
+            self._page_events.cleared()
+
+
+def _size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    size: int = dtype.itemsize
+    for dimension in shape:
+        size *= dimension
+    return size
+
+
+def _add_backend() -> None:
+    """SGLang has no registry for transfer backends: an enum and a list of choices, which get one more member."""
+    if BACKEND not in DISAGG_TRANSFER_BACKEND_CHOICES:
+        add_disagg_transfer_backend_choices([BACKEND])
+    backends: Any = disaggregation.TransferBackend
+    if BACKEND in backends._value2member_map_:
+        return
+    member = object.__new__(backends)
+    member._name_, member._value_ = BACKEND.upper(), BACKEND
+    member._sort_order_ = len(backends._member_names_)
+    backends._member_map_[member._name_] = member
+    backends._value2member_map_[BACKEND] = member
+    backends._member_names_.append(member._name_)
+    type.__setattr__(backends, member._name_, member)

@@ -1,0 +1,386 @@
+"""Pages from one pool to another, over every transport, and what each side sees when the other is gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from transfer.auth import ClusterKey
+from transfer.deadlines import Deadlines
+from transfer.layout import PoolLayout
+from transfer.pool import NotShared, Pool, SharedAddress, SharedArena
+from transfer.receiver import Receiver
+from transfer.sender import Sender
+from transfer.session import TERMINAL, ReceiverState, SenderState
+
+LAYOUT = PoolLayout(
+    model="m", dtype="float32", page_tokens=16, page_bytes=(256, 512), aux_row_bytes=(64, 128), pages=64
+)
+AUX_LAYOUT = PoolLayout(model="", dtype="", page_tokens=1, page_bytes=(64, 128), aux_row_bytes=(), pages=4)
+AUX = [b"a" * 64, b"b" * 128]
+KEY = ClusterKey(bytes(range(32)))
+QUICK = Deadlines(connect_s=2, ping_s=0.05, silence_s=1.0, handoff_s=5, fence_s=1)
+TRANSPORTS = [("shm", "tcp"), ("tcp",)]
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "did not happen in time"
+        time.sleep(0.002)
+
+
+def filled(seed: int) -> Pool:
+    pool = Pool.zeros(LAYOUT)
+    random = np.random.default_rng(seed)
+    for buffer in pool.buffers:
+        buffer[:] = random.integers(0, 256, buffer.shape, np.uint8)
+    return pool
+
+
+def shared_pool(layout: PoolLayout) -> tuple[Pool, SharedAddress]:
+    arena = SharedArena()
+    memories = arena.allocate([layout.pages * page_bytes for page_bytes in layout.page_bytes])
+    pointers = [np.frombuffer(memory, np.uint8).ctypes.data for memory in memories]
+    address = arena.address_of(pointers)
+    assert address is not None
+    pool = Pool.at(layout, pointers)
+    pool.arena = arena  # type: ignore[attr-defined]  # keeps the mapping alive as long as the pool
+    return pool, address
+
+
+class Pair:
+    """A prefill and a decode side in this process, joined by real sockets."""
+
+    def __init__(
+        self,
+        transports: tuple[str, ...],
+        *,
+        key: ClusterKey = KEY,
+        layout: PoolLayout = LAYOUT,
+        deadlines: Deadlines = QUICK,
+    ) -> None:
+        self.source = filled(1)
+        self.sender = Sender(self.source, KEY, worker="prefill-0", epoch=1, transports=transports, deadlines=deadlines)
+        self.port = self.sender.listen("127.0.0.1", 0)
+        self.destination, address = shared_pool(layout)
+        self.aux = Pool.zeros(AUX_LAYOUT)
+        self.receiver = Receiver(
+            self.destination,
+            self.aux,
+            key,
+            shared=address,
+            worker="decode-0",
+            epoch=2,
+            transports=transports,
+            deadlines=deadlines,
+        )
+
+    def open(self, room: int) -> None:
+        self.receiver.open(room, "127.0.0.1", self.port)
+        eventually(lambda: self.receiver.state(room) is not ReceiverState.CONNECTING)
+
+    def begin(self, room: int, destination: list[int], *, prefix_tokens: int = 0) -> None:
+        self.open(room)
+        self.sender.offer(room)
+        self.receiver.grant(room, np.array(destination, np.int32), 1, prefix_tokens)
+        eventually(lambda: self.sender.state(room) is SenderState.GRANTED)
+
+    def landed(self, source: list[int], destination: list[int]) -> bool:
+        return all(
+            bool((mine[destination] == theirs[source]).all())
+            for mine, theirs in zip(self.destination.buffers, self.source.buffers, strict=True)
+        )
+
+    def close(self) -> None:
+        self.receiver.close()
+        self.sender.close()
+
+
+@pytest.fixture(params=TRANSPORTS, ids=["shm", "tcp"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    made = Pair(request.param)
+    yield made
+    made.close()
+
+
+def pages(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array(numbers, np.int32)
+
+
+def test_chunks_land_where_decode_said_and_success_is_its_acknowledgement(pair: Pair) -> None:
+    pair.begin(7, [40, 41, 3, 9, 10], prefix_tokens=32)
+    assert pair.sender.prefix_tokens(7) == 32
+
+    pair.sender.send(7, pages(1, 2, 3))
+    pair.sender.send(7, pages(30, 20), AUX)
+
+    eventually(lambda: pair.sender.state(7) is SenderState.DONE)
+    assert pair.receiver.state(7) is ReceiverState.DONE
+    assert pair.landed([1, 2, 3, 30, 20], [40, 41, 3, 9, 10])
+    assert [bytes(row) for row in pair.aux.views([(1, 1)])] == AUX
+    assert pair.sender.sent_bytes(7) == 5 * LAYOUT.bytes_per_page
+
+
+def test_only_the_pages_that_were_granted_are_written(pair: Pair) -> None:
+    pair.begin(7, [40])
+    pair.sender.send(7, pages(1), AUX)
+    eventually(lambda: pair.sender.state(7) is SenderState.DONE)
+
+    others = [page for page in range(LAYOUT.pages) if page != 40]
+    assert not any(buffer[others].any() for buffer in pair.destination.buffers)
+
+
+def test_a_prompt_that_decode_holds_already_moves_no_page_and_still_its_first_token(pair: Pair) -> None:
+    pair.begin(7, [])
+
+    pair.sender.send(7, pages(), AUX)
+
+    eventually(lambda: pair.sender.state(7) is SenderState.DONE)
+    assert [bytes(row) for row in pair.aux.views([(1, 1)])] == AUX
+
+
+def test_the_grant_may_come_before_the_offer(pair: Pair) -> None:
+    pair.open(7)
+    pair.receiver.grant(7, pages(5), 1, 0)
+    eventually(lambda: pair.sender.state(7) is SenderState.RESERVED)
+
+    pair.sender.offer(7)
+
+    assert pair.sender.state(7) is SenderState.GRANTED
+
+
+def test_many_hand_offs_at_once_do_not_mix(pair: Pair) -> None:
+    rooms = range(1, 21)
+    for room in rooms:
+        pair.begin(room, [room, room + 30])
+    for room in rooms:
+        pair.sender.send(room, pages(63 - room))
+    for room in rooms:
+        pair.sender.send(room, pages(room), AUX)
+
+    eventually(lambda: all(pair.sender.state(room) is SenderState.DONE for room in rooms))
+    assert all(pair.landed([63 - room, room], [room, room + 30]) for room in rooms)
+
+
+def test_more_pages_than_granted_fail_the_hand_off_and_write_nothing(pair: Pair) -> None:
+    pair.begin(7, [40])
+
+    pair.sender.send(7, pages(1, 2), AUX)
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
+    assert "wanted at most the 1 granted ones, found 2" in pair.receiver.reason(7)
+    assert not any(buffer.any() for buffer in pair.destination.buffers)
+
+
+def test_fewer_pages_than_granted_are_not_passed_off_as_success(pair: Pair) -> None:
+    pair.begin(7, [40, 41])
+
+    pair.sender.send(7, pages(1), AUX)
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
+    assert "wanted 2, found 1 landed" in pair.receiver.reason(7)
+
+
+def test_an_abort_on_prefill_reaches_decode_with_its_reason(pair: Pair) -> None:
+    pair.begin(7, [40, 41])
+    pair.sender.send(7, pages(1))
+
+    pair.sender.fail(7, "request aborted")
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
+    assert pair.receiver.reason(7) == "prefill worker prefill-0: request aborted"
+
+
+def test_an_abort_on_decode_frees_its_pages_only_after_prefill_stopped(pair: Pair) -> None:
+    pair.begin(7, [40, 41])
+
+    pair.receiver.fail(7, "request aborted")
+
+    assert pair.receiver.state(7) is ReceiverState.FENCING
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
+    assert pair.sender.state(7) is SenderState.FAILED
+    pair.sender.send(7, pages(1, 2), AUX)
+    assert not any(buffer.any() for buffer in pair.destination.buffers)
+
+
+def test_a_room_that_prefill_gave_up_answers_a_late_grant_at_once(pair: Pair) -> None:
+    pair.open(7)
+    pair.sender.offer(7)
+    pair.sender.fail(7, "request aborted")
+    pair.sender.forget(7)
+
+    pair.receiver.grant(7, pages(40), 1, 0)
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED, within_s=QUICK.handoff_s / 2)
+    assert "request aborted" in pair.receiver.reason(7)
+
+
+def test_a_grant_for_a_page_outside_decodes_own_pool_is_refused(pair: Pair) -> None:
+    pair.open(7)
+    with pytest.raises(ValueError, match="wanted indices from 0 to 63"):
+        pair.receiver.grant(7, pages(64), 1, 0)
+
+
+def test_a_hand_off_that_does_not_end_fails_at_its_deadline() -> None:
+    pair = Pair(("tcp",), deadlines=replace(QUICK, handoff_s=0.2))
+    pair.begin(7, [40])
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
+    eventually(lambda: pair.sender.state(7) is SenderState.FAILED)
+
+    assert "not over after" in pair.receiver.reason(7) + pair.sender.reason(7)
+    pair.close()
+
+
+def test_the_same_room_twice_fails_and_harms_nobody_else(pair: Pair) -> None:
+    pair.begin(7, [40])
+    pair.begin(8, [41])
+
+    pair.sender.offer(7)
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
+    pair.sender.send(8, pages(1), AUX)
+    eventually(lambda: pair.receiver.state(8) is ReceiverState.DONE)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"page_tokens": 32}, "page_tokens: wanted 16, found 32"),
+        ({"dtype": "bfloat16"}, "dtype: wanted float32, found bfloat16"),
+        ({"model": "other"}, "model: wanted m, found other"),
+        ({"page_bytes": (256, 256)}, r"page_bytes: wanted \(256, 512\), found \(256, 256\)"),
+    ],
+)
+def test_a_peer_whose_pages_do_not_fit_is_refused_with_the_difference(
+    change: dict[str, object], difference: str
+) -> None:
+    pair = Pair(("tcp",), layout=msgspec.structs.replace(LAYOUT, **change))
+    pair.open(7)
+
+    assert pair.receiver.state(7) is ReceiverState.FAILED
+
+    assert re.search(difference, pair.receiver.reason(7))
+    pair.close()
+
+
+def test_pools_of_different_size_fit() -> None:
+    pair = Pair(("shm",), layout=msgspec.structs.replace(LAYOUT, pages=200))
+    pair.begin(7, [199])
+    pair.sender.send(7, pages(63), AUX)
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.DONE)
+    assert pair.landed([63], [199])
+    pair.close()
+
+
+def test_a_peer_without_the_clusters_key_is_refused() -> None:
+    pair = Pair(("tcp",), key=ClusterKey.generate())
+    pair.open(7)
+
+    assert pair.receiver.state(7) is ReceiverState.FAILED
+    assert "proof: wanted one made with this cluster's key" in pair.receiver.reason(7)
+    pair.close()
+
+
+def test_nobody_there_fails_at_once_and_the_next_attempt_is_a_fresh_one() -> None:
+    pair = Pair(("tcp",))
+    with socket.create_server(("127.0.0.1", 0)) as placeholder:
+        port = placeholder.getsockname()[1]
+    pair.receiver.open(7, "127.0.0.1", port)
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
+    assert f"cannot reach the prefill worker at 127.0.0.1:{port}" in pair.receiver.reason(7)
+
+    late = Sender(filled(1), KEY, worker="prefill-1", epoch=9, transports=("tcp",), deadlines=QUICK)
+    late.listen("127.0.0.1", port)
+    pair.receiver.open(8, "127.0.0.1", port)
+
+    eventually(lambda: pair.receiver.state(8) is ReceiverState.READY)
+    late.close()
+    pair.close()
+
+
+def test_garbage_on_the_port_harms_nobody(pair: Pair) -> None:
+    pair.begin(7, [40])
+    random = np.random.default_rng(3)
+    for size in (0, 1, 12, 200, 5000):
+        with socket.create_connection(("127.0.0.1", pair.port)) as hostile:
+            hostile.sendall(random.bytes(size))
+
+    pair.sender.send(7, pages(1), AUX)
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.DONE)
+
+
+def test_shared_memory_of_another_process_is_refused_without_its_token() -> None:
+    _pool, address = shared_pool(LAYOUT)
+    with pytest.raises(NotShared, match="not the peer's memory"):
+        Pool.open_shared(LAYOUT, msgspec.structs.replace(address, token=b"x" * 32))
+    with pytest.raises(NotShared, match="No such file"):
+        Pool.open_shared(LAYOUT, msgspec.structs.replace(address, path="/proc/1/fd/987654"))
+
+
+def test_where_memory_cannot_be_shared_tcp_takes_over_and_says_why() -> None:
+    pair = Pair(("shm", "tcp"))
+    pair.receiver._shared = None  # a decode worker on another host offers none
+    pair.begin(7, [40])
+    pair.sender.send(7, pages(1), AUX)
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.DONE)
+    assert pair.landed([1], [40])
+    pair.close()
+
+
+PREFILL_PROCESS = """
+import sys, time
+sys.path.insert(0, {root!r})
+from transfer.auth import ClusterKey
+from transfer.deadlines import Deadlines
+from transfer.layout import PoolLayout
+from transfer.pool import Pool
+from transfer.sender import Sender
+layout = PoolLayout("m", "float32", 16, (256, 512), (64, 128), 64)
+sender = Sender(Pool.zeros(layout), ClusterKey(bytes(range(32))), worker="prefill-0", epoch=1,
+                transports={transports!r}, deadlines=Deadlines(ping_s=0.05))
+print(sender.listen("127.0.0.1", 0), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("transports", TRANSPORTS, ids=["shm", "tcp"])
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_decode_notices_a_prefill_process_that_is_gone(transports: tuple[str, ...], kill: signal.Signals) -> None:
+    root = str(Path(__file__).parents[2])
+    program = PREFILL_PROCESS.format(root=root, transports=transports)
+    with ExitStack() as stack:
+        prefill = stack.enter_context(
+            subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        )
+        stack.callback(prefill.kill)
+        stack.callback(os.kill, prefill.pid, signal.SIGCONT)
+        assert prefill.stdout is not None
+        port = int(prefill.stdout.readline())
+        pair = Pair(transports)
+        stack.callback(pair.close)
+        pair.receiver.open(7, "127.0.0.1", port)
+        eventually(lambda: pair.receiver.state(7) is ReceiverState.READY)
+        pair.receiver.grant(7, pages(40), 1, 0)
+
+        os.kill(prefill.pid, kill)
+
+        eventually(lambda: pair.receiver.state(7) in TERMINAL, within_s=QUICK.silence_s + 3)
+        assert "lost prefill worker prefill-0" in pair.receiver.reason(7)
