@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -87,35 +87,39 @@ class Agent:
     async def _open(self) -> None:
         assert self._courier is not None
         spec, context = self._spec, zmq.asyncio.Context.instance()
-        pages = context.socket(zmq.PULL)
-        pages.set_hwm(0)
-        pages.bind(page_socket(spec))
-        publisher = context.socket(zmq.PUB)
-        publisher.set_hwm(0)
-        replay = context.socket(zmq.ROUTER)
-        for socket, port in ((publisher, spec.events_port), (replay, spec.replay_port)):
-            self._key.secure_server(socket)
-            socket.ipv6 = ":" in spec.host
-            socket.bind(_tcp(spec.host, port))
+        with ExitStack() as opened:
+            pages = opened.enter_context(context.socket(zmq.PULL))
+            pages.set_hwm(0)
+            pages.bind(page_socket(spec))
+            publisher = opened.enter_context(context.socket(zmq.PUB))
+            publisher.set_hwm(0)
+            replay = opened.enter_context(context.socket(zmq.ROUTER))
+            for socket, port in ((publisher, spec.events_port), (replay, spec.replay_port)):
+                self._key.secure_server(socket)
+                socket.ipv6 = ":" in spec.host
+                socket.bind(_tcp(spec.host, port))
+            opened.pop_all()
         self._courier.spawn(self._publish(pages, publisher))
         self._courier.spawn(self._replay(replay))
         self._courier.spawn(self._renew())
 
     async def _publish(self, pages: zmq.asyncio.Socket, publisher: zmq.asyncio.Socket) -> None:
-        while True:
-            batch = self._journal.apply(decode_events(await pages.recv()))
-            await publisher.send(wire.encode(batch))
+        with pages, publisher:
+            while True:
+                batch = self._journal.apply(decode_events(await pages.recv()))
+                await publisher.send(wire.encode(batch))
 
     async def _replay(self, replay: zmq.asyncio.Socket) -> None:
-        while True:
-            router, body = await replay.recv_multipart()
-            try:
-                request = wire.decode_page_request(body)
-            except msgspec.MsgspecError as error:
-                log.warning("page request refused: %s", error)
-                continue
-            for message in self._journal.answer(request):
-                await replay.send_multipart([router, wire.encode(message)])
+        with replay:
+            while True:
+                router, body = await replay.recv_multipart()
+                try:
+                    request = wire.decode_page_request(body)
+                except msgspec.MsgspecError as error:
+                    log.warning("page request refused: %s", error)
+                    continue
+                for message in self._journal.answer(request):
+                    await replay.send_multipart([router, wire.encode(message)])
 
     async def _renew(self) -> None:
         async with self._session() as session:

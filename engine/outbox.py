@@ -10,6 +10,7 @@ decode for the fortieth).
 from __future__ import annotations
 
 import threading
+import time
 
 import msgspec
 import zmq
@@ -18,6 +19,8 @@ from transfer.wire import PageEvent
 
 COALESCE_S = 0.002
 """How long the first event of a burst waits for others."""
+LINGER_MS = 1000
+"""How long a closed outbox waits for an agent to take the last events."""
 
 encode_events = msgspec.msgpack.Encoder().encode
 decode_events = msgspec.msgpack.Decoder(list[PageEvent]).decode
@@ -31,6 +34,7 @@ class Outbox:
         self._events: list[PageEvent] = []
         self._lock = threading.Lock()
         self._filled = threading.Event()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="page-events", daemon=True)
         self._thread.start()
 
@@ -39,16 +43,25 @@ class Outbox:
             self._events.append(event)
         self._filled.set()
 
+    def close(self) -> None:
+        """Sends what is left, as far as the agent takes it, and ends the thread."""
+        self._closed = True
+        self._filled.set()
+        self._thread.join()
+
     def _run(self) -> None:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         socket.set_hwm(0)
-        socket.connect(self._address)
-        pause = threading.Event()
-        while True:
-            self._filled.wait()
-            pause.wait(COALESCE_S)
-            self._filled.clear()
-            with self._lock:
-                events, self._events = self._events, []
-            if events:
-                socket.send(encode_events(events))
+        socket.linger = LINGER_MS
+        with socket:
+            socket.connect(self._address)
+            while True:
+                self._filled.wait()
+                time.sleep(COALESCE_S)
+                self._filled.clear()
+                with self._lock:
+                    events, self._events = self._events, []
+                if events:
+                    socket.send(encode_events(events))
+                if self._closed:
+                    return

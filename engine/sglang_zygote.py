@@ -13,9 +13,11 @@ HEAVY_MODULES = (
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.managers.scheduler",
     "sglang.srt.managers.detokenizer_manager",
+    # Imports every model's code, also in a process that serves one of them: 8 s of CPU time for each scheduler.
+    "sglang.srt.models.registry",
     "transformers",
 )
-"""What a worker's HTTP server, scheduler and detokenizer import."""
+"""What a worker's HTTP server, scheduler and detokenizer import, at once or later."""
 
 
 def import_engine() -> None:

@@ -1,0 +1,64 @@
+# `make demo` and `make test` set up everything they need in .venv (about 9 GB) and run; the second time they start at once.
+
+PYTHON ?= python3.11
+VENV := .venv
+UV := $(VENV)/setup/bin/uv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+ARGS ?=
+SHELL := /bin/bash
+
+.PHONY: demo test check fast format bench lock setup clean help
+
+help:  ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+demo: $(READY)  ## the main job: model, cluster, a scripted conversation; stays up until Ctrl-C (ARGS=--once exits)
+	@$(RUN) benchmarks.demo $(ARGS)
+
+test: $(READY)  ## everything: lint, types, fast tests, then tests on real SGLang
+	@$(MAKE) --no-print-directory check
+	@$(BIN)/mainstem model pull smollm2
+	@$(BIN)/pytest -m "cluster and not gpu" $(ARGS)
+
+check: $(READY)  ## lint, types and fast tests, in under two minutes
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -m "not cluster and not gpu" $(ARGS)
+
+fast: $(READY)  ## the fast tests alone
+	@$(BIN)/pytest -m "not cluster and not gpu" $(ARGS)
+
+format: $(READY)  ## lay the code out
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## every benchmark of this machine, results as JSON
+	@for name in boot ttft prediction; do $(RUN) benchmarks.$$name $(ARGS) || exit 1; done
+
+lock: $(UV)  ## renew requirements.lock from pyproject.toml
+	@$(UV) pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url --no-annotate --quiet \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_34 --custom-compile-command "make lock" -o requirements.lock
+
+setup: $(READY)  ## only set up
+
+clean:  ## remove what `setup` made
+	rm -rf $(VENV) .mainstem
+
+$(UV):
+	@command -v $(PYTHON) >/dev/null || { echo "setup: wanted Python 3.11 as '$(PYTHON)', found none; set PYTHON=…" >&2; exit 2; }
+	@bash tools/check-disk.sh
+	@echo "setup 1/3: uv"
+	@$(PYTHON) -m venv $(VENV)/setup
+	@$(VENV)/setup/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r tools/uv.lock
+
+# The order matters: the virtual environment first, as it empties nothing that is there; the stamp last.
+$(READY): requirements.lock pyproject.toml $(UV)
+	@test -x $(BIN)/python || $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+	@echo "setup 2/3: locked dependencies (SGLang, PyTorch; 227 packages, about 9 GB, a few minutes)"
+	@$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	@echo "setup 3/3: mainstem itself"
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@

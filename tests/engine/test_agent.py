@@ -1,0 +1,170 @@
+"""The agent over real sockets: what a router is told, and what it gets when it missed something."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+from aiohttp import web
+
+from engine.agent import Agent
+from engine.outbox import Outbox
+from engine.spec import WorkerSpec, page_socket
+from transfer import wire
+from transfer.auth import SIGNATURE_HEADER, ClusterKey
+
+FACTS = {"page_size": 16, "max_total_num_tokens": 4096, "context_length": 2048, "dtype": "float32"}
+LOADS = {
+    "loads": [{"num_running_reqs": 2, "num_waiting_reqs": 1, "num_waiting_uncached_tokens": 40, "num_used_tokens": 640}]
+}
+
+
+class Site:
+    """An engine's and a router's HTTP face on one port: what the agent talks to."""
+
+    def __init__(self, key: ClusterKey) -> None:
+        self.key = key
+        self.registrations: list[wire.Registration] = []
+        self.url = ""
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[Site]:
+        app = web.Application()
+        app.router.add_get("/server_info", _server_info)
+        app.router.add_get("/v1/loads", _loads)
+        app.router.add_post("/internal/register", self._register)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = str(runner.addresses[0][1])
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _register(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        self.key.verify(request.headers.get(SIGNATURE_HEADER), body, time.time())
+        self.registrations.append(msgspec.json.decode(body, type=wire.Registration))
+        return web.Response(body=msgspec.json.encode(wire.Registered(router="r")))
+
+    async def until(self, condition: Callable[[wire.Registration], bool]) -> wire.Registration:
+        async with asyncio.timeout(10):
+            while True:
+                for registration in self.registrations:
+                    if condition(registration):
+                        return registration
+                await asyncio.sleep(0.01)
+
+
+async def _server_info(_: web.Request) -> web.Response:
+    return web.json_response(FACTS)
+
+
+async def _loads(_: web.Request) -> web.Response:
+    return web.json_response(LOADS)
+
+
+def free_port() -> int:
+    with zmq.Context() as context, context.socket(zmq.PUB) as socket:
+        return socket.bind_to_random_port("tcp://127.0.0.1")
+
+
+def run(work: Callable[[Site, WorkerSpec, ClusterKey], Awaitable[None]], tmp_path: Path) -> None:
+    async def main() -> None:
+        key = ClusterKey.generate()
+        async with Site(key).serve() as site:
+            spec = WorkerSpec(
+                name="prefill-0",
+                role="prefill",
+                host="127.0.0.1",
+                port=int(site.url),
+                handoff_port=4242,
+                events_port=free_port(),
+                replay_port=free_port(),
+                model_path="/model",
+                served_model="m",
+                page_tokens=16,
+                routers=(f"http://127.0.0.1:{site.url}",),
+                key_file="unused",
+                run_dir=str(tmp_path),
+                renew_s=0.05,
+            )
+            await work(site, spec, key)
+
+    asyncio.run(main())
+
+
+def test_a_worker_is_starting_until_its_engine_speaks_then_ready_with_the_engines_own_facts(tmp_path: Path) -> None:
+    async def work(site: Site, spec: WorkerSpec, key: ClusterKey) -> None:
+        agent = Agent(spec, epoch=77, key=key)
+        await asyncio.to_thread(agent.start)
+        starting = await site.until(lambda registration: registration.state == "starting")
+        agent.engine_ready()
+        ready = await site.until(lambda registration: registration.state == "ready")
+        await asyncio.to_thread(agent.close)
+
+        assert (starting.worker, starting.epoch, starting.role) == ("prefill-0", 77, "prefill")
+        assert (ready.page_tokens, ready.capacity_tokens, ready.max_context_tokens) == (16, 4096, 2048)
+        assert (ready.handoff_host, ready.handoff_port, ready.kv_dtype) == ("127.0.0.1", 4242, "float32")
+        assert ready.load == wire.Load(
+            running_requests=2, waiting_requests=1, waiting_uncached_tokens=40, used_tokens=640
+        )
+        assert site.registrations[-1].leaving
+
+    run(work, tmp_path)
+
+
+def test_events_of_the_scheduler_reach_a_router_and_a_late_one_catches_up(tmp_path: Path) -> None:
+    async def work(site: Site, spec: WorkerSpec, key: ClusterKey) -> None:
+        agent = Agent(spec, epoch=77, key=key)
+        await asyncio.to_thread(agent.start)
+        context = zmq.asyncio.Context.instance()
+        with context.socket(zmq.SUB) as live, context.socket(zmq.DEALER) as late:
+            for socket, port in ((live, spec.events_port), (late, spec.replay_port)):
+                key.secure_client(socket)
+                socket.connect(f"tcp://127.0.0.1:{port}")
+            live.subscribe(b"")
+            await asyncio.sleep(0.3)  # a SUB socket hears what is published after it has connected
+            outbox = Outbox(page_socket(spec))
+            outbox.put(wire.Stored(1, 0, [10, 11]))
+
+            async with asyncio.timeout(10):
+                heard = wire.decode_page_message(await live.recv())
+            await late.send(wire.encode(wire.PageRequest(0, 0)))
+            async with asyncio.timeout(10):
+                answer = [wire.decode_page_message(await late.recv()) for _ in range(2)]
+
+            assert heard == wire.Batch("prefill-0", 77, 1, [wire.Stored(1, 0, [10, 11])])
+            assert answer == [
+                wire.Snapshot("prefill-0", 77, 0, [wire.Stored(1, 0, [10, 11])]),
+                wire.CaughtUp("prefill-0", 77, 1),
+            ]
+            registration = await site.until(lambda registration: registration.sequence == 1)
+            assert registration.held_pages == 2
+
+            await asyncio.to_thread(outbox.close)
+            await late.send(b"no page request")
+            await late.send(wire.encode(wire.PageRequest(77, 1)))
+            async with asyncio.timeout(10):
+                assert wire.decode_page_message(await late.recv()) == wire.CaughtUp("prefill-0", 77, 1)
+        await asyncio.to_thread(agent.close)
+
+    run(work, tmp_path)
+
+
+def test_a_port_in_use_is_an_error_at_once(tmp_path: Path) -> None:
+    async def work(site: Site, spec: WorkerSpec, key: ClusterKey) -> None:
+        taken = msgspec.structs.replace(spec, events_port=int(site.url))
+        with pytest.raises(zmq.ZMQError, match="in use"):
+            await asyncio.to_thread(Agent(taken, epoch=1, key=key).start)
+
+    run(work, tmp_path)
