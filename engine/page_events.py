@@ -28,18 +28,21 @@ TIERS = {"GPU": Tier.DEVICE, "CPU_PINNED": Tier.HOST, "DISK": Tier.DISK, "EXTERN
 class Key(Protocol):
     """SGLang's RadixKey, as far as it is used here."""
 
-    extra_key: str | None
-    is_bigram: bool
-
+    @property
+    def extra_key(self) -> str | None: ...
+    @property
+    def is_bigram(self) -> bool: ...
     def __len__(self) -> int: ...
     def raw_token_ids(self) -> Sequence[int]: ...
 
 
 class Node(Protocol):
-    """SGLang's TreeNode, as far as it is used here."""
+    """SGLang's TreeNode, as far as it is used here. It takes one more attribute: `mainstem_ids`."""
 
-    key: Key
-    parent: Any
+    @property
+    def key(self) -> Key: ...
+    @property
+    def parent(self) -> Any: ...
 
 
 class PageEvents:

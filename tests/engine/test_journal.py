@@ -17,6 +17,16 @@ class Cache:
     def __init__(self) -> None:
         self.held: set[Chain] = set()
 
+    def do(self, step: Chain | str) -> list[PageEvent]:
+        match step:
+            case "evict":
+                return self.evict()
+            case "clear":
+                return self.clear()
+            case tuple():
+                return self.store(step)
+        raise AssertionError(step)
+
     def store(self, chain: Chain) -> list[PageEvent]:
         known = max(n for n in range(len(chain) + 1) if n == 0 or chain[:n] in self.held)
         new = [chain[: n + 1] for n in range(known, len(chain))]
@@ -77,8 +87,7 @@ steps = st.lists(
 def test_an_answer_from_any_point_leads_to_what_is_held(script: list[Chain | str], seen: int) -> None:
     cache, journal, believed, at = Cache(), Journal("w", 5), set[int](), 0
     for step in script:
-        events = cache.evict() if step == "evict" else cache.clear() if step == "clear" else cache.store(tuple(step))
-        batch = journal.apply(events)
+        batch = journal.apply(cache.do(step))
         if journal.sequence <= seen:
             believed, at = follow([batch], believed), journal.sequence
     held = {page_id(chain) for chain in cache.held}
@@ -94,9 +103,7 @@ def test_an_answer_from_any_point_leads_to_what_is_held(script: list[Chain | str
 def test_a_newcomer_and_one_of_another_epoch_get_everything(script: list[Chain | str]) -> None:
     cache, journal = Cache(), Journal("w", 5)
     for step in script:
-        journal.apply(
-            cache.evict() if step == "evict" else cache.clear() if step == "clear" else cache.store(tuple(step))
-        )
+        journal.apply(cache.do(step))
 
     for request in (PageRequest(0, 0), PageRequest(4, journal.sequence)):
         assert follow(list(journal.answer(request)), {99}) == {page_id(chain) for chain in cache.held}
