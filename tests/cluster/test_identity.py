@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from tests.cluster.conftest import monolithic, started
 
 from benchmarks.client import post_json
 from engine.launch.cluster import Cluster
+from tests.cluster.conftest import monolithic, started
 
 OUTPUT_TOKENS = 32
 NEAR_TIE = 1e-3
@@ -177,4 +177,3 @@ class DecodePool:
                 if "memfd:mainstem-kv" in os.readlink(link):
                     return link
         raise AssertionError("the decode worker has no shared pool")
-
