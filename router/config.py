@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class CostConfig(BaseModel):
@@ -27,6 +38,8 @@ class CostConfig(BaseModel):
     """Bytes of one page over all layers, K and V."""
     decode_request_s: Annotated[float, Field(ge=0)] = 0.02
     """What one more running request costs those on the same decode worker."""
+    tie_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Pairs whose costs differ by less than this fraction are equals: a page in common does not gather all traffic."""
 
 
 class RouterSection(BaseModel):
@@ -48,6 +61,12 @@ class RouterSection(BaseModel):
     seed: int = 0
     """Breaks ties between equal workers."""
     cost: CostConfig = CostConfig()
+
+    @model_validator(mode="after")
+    def _open_only_with_a_key(self) -> RouterSection:
+        if self.api_key_file is None and not is_loopback(self.host):
+            raise ValueError(f"api_key_file: wanted a file, as host {self.host!r} is not loopback, found none")
+        return self
 
 
 class RouterSpec(BaseModel):

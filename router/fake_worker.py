@@ -1,0 +1,407 @@
+"""A simulated worker: the network face of a prefill or decode worker, with a prefix cache and no model.
+
+It answers the two OpenAI endpoints, registers itself, publishes page events and answers
+questions about them, over real sockets and with the cluster's key. Its text means
+nothing; its cached tokens are true of the cache it keeps. It can be told to fail in the
+ways in which engines fail. For tests and for trying the router without an engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import aiohttp
+import msgspec
+import zmq
+import zmq.asyncio
+from aiohttp import web
+
+from transfer.auth import SIGNATURE_HEADER, ClusterKey
+from transfer.pages import chain_ids, namespace, root_id
+from transfer.wire import (
+    Batch,
+    CaughtUp,
+    Cleared,
+    PageEvent,
+    PageMessage,
+    Registration,
+    Removed,
+    Role,
+    Snapshot,
+    Stored,
+    WorkerState,
+    decode_page_request,
+    encode,
+)
+
+DEADLINE_S = 30.0
+"""A hand-off or a hang that nobody ends is ended by then."""
+
+
+class Fault(StrEnum):
+    """How the next requests go wrong."""
+
+    NONE = "none"
+    ERROR = "error"
+    """HTTP 500."""
+    BAD_REQUEST = "bad_request"
+    """HTTP 400, in the engine's flat shape."""
+    HANG = "hang"
+    """No answer until aborted."""
+    DROP = "drop"
+    """The connection is closed without an answer."""
+    EMPTY = "empty"
+    """HTTP 200 and nothing in it."""
+    ERROR_EVENT_FIRST = "error_event_first"
+    """HTTP 200, and the first event of the stream is an error."""
+    ERROR_EVENT = "error_event"
+    """An error event after some tokens."""
+    ABORTED = "aborted"
+    """A stream that ends with finish_reason "abort"."""
+    DIE_MIDSTREAM = "die_midstream"
+    """The connection is closed after some tokens."""
+    STALL = "stall"
+    """No more events after some tokens, until aborted."""
+
+
+class Handoffs:
+    """Stands for the transfer between the workers of one process: which rooms were delivered."""
+
+    def __init__(self) -> None:
+        self._rooms: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
+
+    def deliver(self, room: int) -> None:
+        self._rooms[room].set()
+
+    async def delivered(self, room: int) -> None:
+        await self._rooms[room].wait()
+
+
+@dataclass(frozen=True)
+class Received:
+    """One request as it came."""
+
+    path: str
+    raw: bytes
+    body: dict[str, Any]
+
+
+class _Aborted(Exception):
+    pass
+
+
+@dataclass
+class FakeWorker:
+    """One simulated worker. `start` it, `register` it, and `stop` it."""
+
+    name: str
+    role: Role
+    key: ClusterKey
+    handoffs: Handoffs
+    model: str = "tiny"
+    revision: str = ""
+    page_tokens: int = 4
+    max_context_tokens: int = 4096
+    capacity_tokens: int = 65536
+    lease_s: float = 5.0
+    epoch: int = field(default_factory=time.time_ns)
+    state: WorkerState = "ready"
+    fault: Fault = Fault.NONE
+    lose_batches: int = 0
+    """So many of the next batches are not published, as if the network had dropped them."""
+    snapshot_part_pages: int = 3
+    received: list[Received] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    questions: list[tuple[int, int]] = field(default_factory=list)
+    """(epoch, sequence) of every question about pages."""
+    sequence: int = 0
+
+    def __post_init__(self) -> None:
+        self._held: dict[int, tuple[int, int]] = {}
+        self._journal: list[Batch] = []
+        self._ended: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.gate = asyncio.Event()
+        """Cleared, it holds every stream after its second token."""
+        self.gate.set()
+
+    async def start(self) -> None:
+        self._context = zmq.asyncio.Context()
+        self._publisher = self._context.socket(zmq.PUB)
+        self._replay = self._context.socket(zmq.ROUTER)
+        for bound in (self._publisher, self._replay):
+            self.key.secure_server(bound)
+            bound.bind("tcp://127.0.0.1:*")
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/abort_request", self._abort)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        self._tasks.append(asyncio.create_task(self._answer_questions()))
+
+    async def stop(self) -> None:
+        """Ends at once, like a killed process: nobody is told."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for ended in self._ended.values():
+            ended.set()
+        await self._runner.cleanup()
+        self._context.destroy(linger=0)
+
+    def registration(self, *, leaving: bool = False) -> Registration:
+        def address(bound: zmq.asyncio.Socket) -> str:
+            endpoint = bound.getsockopt(zmq.LAST_ENDPOINT)
+            assert isinstance(endpoint, bytes)
+            return endpoint.decode().rstrip("\0")
+
+        return Registration(
+            worker=self.name,
+            epoch=self.epoch,
+            role=self.role,
+            state=self.state,
+            url=self.url,
+            handoff_host="127.0.0.1" if self.role == "prefill" else "",
+            handoff_port=7000 if self.role == "prefill" else 0,
+            events=address(self._publisher),
+            replay=address(self._replay),
+            model=self.model,
+            revision=self.revision,
+            page_tokens=self.page_tokens,
+            kv_dtype="float32",
+            capacity_tokens=self.capacity_tokens,
+            max_context_tokens=self.max_context_tokens,
+            sequence=self.sequence,
+            held_pages=len(self._held),
+            lease_s=self.lease_s,
+            leaving=leaving,
+        )
+
+    async def register(self, router_url: str, *, leaving: bool = False) -> int:
+        """Registers once. The HTTP status of the answer."""
+        body = msgspec.json.encode(self.registration(leaving=leaving))
+        headers = {SIGNATURE_HEADER: self.key.sign(body, time.time())}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{router_url}/internal/register", data=body, headers=headers) as response,
+        ):
+            return response.status
+
+    def renew(self, router_url: str, every_s: float) -> asyncio.Task[None]:
+        """Registers again and again, until stopped."""
+
+        async def forever() -> None:
+            while True:
+                await self.register(router_url)
+                await asyncio.sleep(every_s)
+
+        task = asyncio.create_task(forever())
+        self._tasks.append(task)
+        return task
+
+    async def store(self, parent: int, depth: int, ids: list[int]) -> None:
+        """Takes pages into the cache and publishes that."""
+        for offset, page in enumerate(ids):
+            self._held[page] = (parent, depth + offset)
+            parent = page
+        first = self._held[ids[0]][0]
+        await self._publish([Stored(first, depth, ids)])
+
+    async def evict(self, ids: list[int]) -> None:
+        """Drops pages from the cache and publishes that."""
+        for page in ids:
+            self._held.pop(page, None)
+        await self._publish([Removed(ids)])
+
+    async def clear(self) -> None:
+        self._held.clear()
+        await self._publish([Cleared()])
+
+    def forget_journal(self) -> None:
+        """From now on, questions about what was before can only be answered by a snapshot."""
+        self._journal.clear()
+
+    async def _publish(self, events: list[PageEvent]) -> None:
+        self.sequence += 1
+        batch = Batch(self.name, self.epoch, self.sequence, events)
+        self._journal.append(batch)
+        if self.lose_batches:
+            self.lose_batches -= 1
+        else:
+            await self._publisher.send(encode(batch))
+
+    async def _answer_questions(self) -> None:
+        while True:
+            peer, payload = await self._replay.recv_multipart()
+            request = decode_page_request(payload)
+            self.questions.append((request.epoch, request.sequence))
+            for message in self._answer(request.epoch, request.sequence):
+                await self._replay.send_multipart([peer, encode(message)])
+
+    def _answer(self, epoch: int, sequence: int) -> list[PageMessage]:
+        end = CaughtUp(self.name, self.epoch, self.sequence)
+        missed = [batch for batch in self._journal if batch.sequence > sequence]
+        if epoch == self.epoch and len(missed) == self.sequence - sequence:
+            return [*missed, end]
+        pages = [
+            Stored(parent, depth, [page])
+            for page, (parent, depth) in sorted(self._held.items(), key=lambda entry: entry[1][1])
+        ]
+        size = self.snapshot_part_pages
+        parts = [pages[start : start + size] for start in range(0, len(pages), size)] or [[]]
+        return [*(Snapshot(self.name, self.epoch, index, part) for index, part in enumerate(parts)), end]
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        rid = (await request.json())["rid"]
+        self.aborted.append(rid)
+        self._ended[rid].set()
+        return web.Response()
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        raw = await request.read()
+        body = json.loads(raw)
+        self.received.append(Received(request.path, raw, body))
+        try:
+            return await self._respond(request, body)
+        except _Aborted:
+            return _flat_error(500, "Aborted by AbortReq.")
+
+    async def _respond(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        rid = body["rid"]
+        match self.fault:
+            case Fault.ERROR:
+                return _flat_error(500, "KVTransferError: simulated")
+            case Fault.BAD_REQUEST:
+                return _flat_error(400, "simulated: the request is wrong")
+            case Fault.HANG:
+                await self._wait(rid, asyncio.Event().wait())
+            case Fault.DROP:
+                assert request.transport is not None
+                request.transport.close()
+                return web.Response()
+        ids = body.get("input_ids") or body.get("prompt") or []
+        ids = ids if isinstance(ids, list) and ids and type(ids[0]) is int else []
+        cached = 0
+        if self.role != "decode":
+            cached = await self._prefill(ids, body)
+        if self.role == "prefill":
+            self.handoffs.deliver(body["bootstrap_room"])
+            return web.json_response(_answer(self.model, request.path, "x", len(ids), 1, cached))
+        if self.role == "decode":
+            await self._wait(rid, self.handoffs.delivered(body["bootstrap_room"]))
+        if self.fault is Fault.EMPTY:
+            return web.Response(content_type="text/event-stream" if body.get("stream") else "application/json")
+        count = body.get("max_tokens") or body.get("max_completion_tokens") or 4
+        if body.get("stream"):
+            return await self._stream(request, body, len(ids), count, cached)
+        text = " ".join(f"t{number}" for number in range(count))
+        return web.json_response(_answer(self.model, request.path, text, len(ids), count, cached))
+
+    async def _prefill(self, ids: list[int], body: dict[str, Any]) -> int:
+        """Computes the pages that are not there. Cached tokens."""
+        if not ids:
+            return 0
+        salt = (body.get("cache_salt") or "") + (body.get("extra_key") or "")
+        root = root_id(namespace(self.model, self.revision, salt))
+        pages = chain_ids(root, ids, self.page_tokens)
+        held = 0
+        while held < len(pages) and pages[held] in self._held:
+            held += 1
+        if held < len(pages):
+            await self.store(pages[held - 1] if held else root, held, pages[held:])
+        return min(held, (len(ids) - 1) // self.page_tokens) * self.page_tokens
+
+    async def _stream(
+        self, request: web.Request, body: dict[str, Any], prompt_tokens: int, count: int, cached: int
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        chat = request.path.startswith("/v1/chat")
+        if self.fault is Fault.ERROR_EVENT_FIRST:
+            await response.write(_error_event("simulated: prefill failed"))
+            return response
+        for number in range(count):
+            delta = {"delta": {"content": f"t{number} "}} if chat else {"text": f"t{number} "}
+            await response.write(_event(self.model, [{"index": 0, **delta, "finish_reason": None}]))
+            if number < 1:
+                continue
+            await self._wait(body["rid"], self.gate.wait())
+            match self.fault:
+                case Fault.ERROR_EVENT:
+                    await response.write(_error_event("simulated: out of memory"))
+                    return response
+                case Fault.ABORTED:
+                    await response.write(_event(self.model, [{"index": 0, "finish_reason": "abort"}]))
+                    await response.write(b"data: [DONE]\n\n")
+                    return response
+                case Fault.DIE_MIDSTREAM:
+                    assert request.transport is not None
+                    request.transport.close()
+                    return response
+                case Fault.STALL:
+                    await self._wait(body["rid"], asyncio.Event().wait())
+        last: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
+        await response.write(_event(self.model, [{"index": 0, **last, "finish_reason": "length"}]))
+        if (body.get("stream_options") or {}).get("include_usage"):
+            await response.write(_event(self.model, [], _usage(prompt_tokens, count, cached)))
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _wait(self, rid: str, event: Any) -> None:
+        """Until the event, or an abort of this request, which raises _Aborted."""
+        wanted, ended = asyncio.ensure_future(event), asyncio.ensure_future(self._ended[rid].wait())
+        try:
+            await asyncio.wait({wanted, ended}, timeout=DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+            if not wanted.done():
+                raise _Aborted
+        finally:
+            wanted.cancel()
+            ended.cancel()
+
+
+def _usage(prompt_tokens: int, completion_tokens: int, cached: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        # The engine leaves it out at 0.
+        "prompt_tokens_details": {"cached_tokens": cached} if cached else None,
+    }
+
+
+def _answer(model: str, path: str, text: str, prompt_tokens: int, count: int, cached: int) -> dict[str, Any]:
+    chat = path.startswith("/v1/chat")
+    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    return {
+        "id": "fake",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": 0,
+        "model": model,
+        "choices": [{"index": 0, **said, "finish_reason": "length"}],
+        "usage": _usage(prompt_tokens, count, cached),
+    }
+
+
+def _event(model: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+    chunk = {"id": "fake", "object": "chat.completion.chunk", "created": 0, "model": model, "choices": choices}
+    return b"data: " + json.dumps({**chunk, "usage": usage}).encode() + b"\n\n"
+
+
+def _error_event(message: str) -> bytes:
+    error = {"object": "error", "message": message, "type": "INTERNAL_SERVER_ERROR", "param": None, "code": 500}
+    return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
+
+
+def _flat_error(status: int, message: str) -> web.Response:
+    error = {"object": "error", "message": message, "type": "Error", "param": None, "code": status}
+    return web.json_response(error, status=status)

@@ -1,0 +1,216 @@
+"""What the router knows of its workers: who they are, whether they live, and what it has sent them.
+
+    registered ──> starting ──> ready ──> draining
+                                 │  ^
+              lease not renewed  │  │ renewed, or a new epoch
+                                 v  │
+                                lost ──(forgotten after a while)
+
+Load is counted when a request is dispatched, in tokens that the worker has to
+compute, not when the worker reports it a second later: otherwise every request of
+a burst goes to the same worker. A worker that could not be reached is *suspect* for
+a moment, and is taken only where nobody else is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from transfer.wire import Registration, Role, WorkerState
+
+SUSPECT_S = 5.0
+"""How long a worker that could not be reached is avoided."""
+FORGET_S = 60.0
+"""How long a lost worker is still shown."""
+RECENT_HALF_LIFE_S = 60.0
+"""Tokens sent this long ago count half when equals are told apart."""
+
+
+class FeedMode(StrEnum):
+    """How far the index knows a worker's pages."""
+
+    EXACT = "exact"
+    CATCHING_UP = "catching-up"
+    NONE = "none"
+
+
+class Change(StrEnum):
+    """What a registration changed."""
+
+    NEW = "new"
+    REPLACED = "replaced"
+    RENEWED = "renewed"
+    BACK = "back"
+    LEFT = "left"
+    STALE = "stale"
+
+
+@dataclass(slots=True)
+class Recent:
+    """Tokens sent lately: a sum that halves every RECENT_HALF_LIFE_S."""
+
+    tokens: float = 0.0
+    at_s: float = 0.0
+
+    def at(self, now_s: float) -> float:
+        return self.tokens * math.exp2((self.at_s - now_s) / RECENT_HALF_LIFE_S)
+
+    def add(self, tokens: float, now_s: float) -> None:
+        self.tokens, self.at_s = self.at(now_s) + tokens, now_s
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker, in its present epoch."""
+
+    registration: Registration
+    seen_s: float
+    lost: bool = False
+    mode: FeedMode = FeedMode.NONE
+    suspect_until_s: float = -math.inf
+    inflight_requests: int = 0
+    outstanding_uncached_tokens: int = 0
+    """Prompt tokens sent to it that it has to compute and has not reported done."""
+    outstanding_prefills: int = 0
+    inflight_tokens: int = 0
+    """Prompt tokens of the requests that decode there."""
+    requests: int = 0
+    """Requests sent to it, since it was first seen."""
+    recent: Recent = field(default_factory=Recent)
+
+    @property
+    def name(self) -> str:
+        return self.registration.worker
+
+    @property
+    def role(self) -> Role:
+        return self.registration.role
+
+    @property
+    def running_requests(self) -> int:
+        """Requests in flight: the engine's count, which knows other routers' too, or our own, which is newer."""
+        return max(self.inflight_requests, self.registration.load.running_requests)
+
+    def state(self, now_s: float) -> WorkerState | str:
+        """starting, ready, draining, lost or suspect."""
+        if self.lost:
+            return "lost"
+        if self.registration.state == "ready" and now_s < self.suspect_until_s:
+            return "suspect"
+        return self.registration.state
+
+
+@dataclass(slots=True)
+class Ticket:
+    """What one request weighs on its workers; each weight is taken off once."""
+
+    prefill: Worker
+    decode: Worker
+    uncached_tokens: int
+    prompt_tokens: int
+    prefilling: bool = True
+    decoding: bool = True
+
+
+class Fleet:
+    """All workers by name. Time is in seconds of any steady clock, the same in every call."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._workers
+
+    def __getitem__(self, name: str) -> Worker:
+        return self._workers[name]
+
+    def get(self, name: str) -> Worker | None:
+        return self._workers.get(name)
+
+    def register(self, registration: Registration, now_s: float) -> Change:
+        """Takes in a registration. A newer epoch replaces the worker; an older one is not listened to."""
+        known = self._workers.get(registration.worker)
+        if known is not None and registration.epoch < known.registration.epoch:
+            return Change.STALE
+        if registration.leaving:
+            self._workers.pop(registration.worker, None)
+            return Change.LEFT
+        if known is None or registration.epoch > known.registration.epoch:
+            worker = Worker(registration, now_s)
+            if known is not None:
+                worker.requests, worker.recent = known.requests, known.recent
+            self._workers[registration.worker] = worker
+            return Change.NEW if known is None else Change.REPLACED
+        known.registration, known.seen_s = registration, now_s
+        if known.lost:
+            known.lost = False
+            return Change.BACK
+        return Change.RENEWED
+
+    def expire(self, now_s: float) -> list[str]:
+        """Names of workers whose lease ran out since the last call; those lost long ago are dropped."""
+        lost = []
+        for worker in list(self._workers.values()):
+            silent_s = now_s - worker.seen_s
+            if not worker.lost and silent_s > worker.registration.lease_s:
+                worker.lost, worker.mode = True, FeedMode.NONE
+                lost.append(worker.name)
+            elif worker.lost and silent_s > worker.registration.lease_s + FORGET_S:
+                del self._workers[worker.name]
+        return lost
+
+    def suspect(self, name: str, now_s: float) -> None:
+        """Notes that the worker could not be reached."""
+        if name in self._workers:
+            self._workers[name].suspect_until_s = now_s + SUSPECT_S
+
+    def candidates(self, roles: Iterable[Role], now_s: float) -> list[Worker]:
+        """Workers of these roles that take requests, by name; suspects only where there is nobody else."""
+        wanted = set(roles)
+        ready = [
+            self._workers[name]
+            for name in sorted(self._workers)
+            if self._workers[name].role in wanted
+            and not self._workers[name].lost
+            and self._workers[name].registration.state == "ready"
+        ]
+        return [worker for worker in ready if now_s >= worker.suspect_until_s] or ready
+
+    def dispatch(self, prefill: str, decode: str, prompt_tokens: int, uncached_tokens: int, now_s: float) -> Ticket:
+        """Counts a request on the workers that it is sent to now."""
+        ticket = Ticket(self._workers[prefill], self._workers[decode], uncached_tokens, prompt_tokens)
+        first, second = ticket.prefill, ticket.decode
+        first.outstanding_uncached_tokens += uncached_tokens
+        first.outstanding_prefills += 1
+        first.recent.add(uncached_tokens, now_s)
+        second.inflight_tokens += prompt_tokens
+        second.recent.add(prompt_tokens, now_s)
+        for worker in {id(first): first, id(second): second}.values():
+            worker.inflight_requests += 1
+            worker.requests += 1
+        return ticket
+
+    def prefilled(self, ticket: Ticket) -> None:
+        """The prefill worker is done with it. Calling it again changes nothing."""
+        if not ticket.prefilling:
+            return
+        ticket.prefilling = False
+        ticket.prefill.outstanding_uncached_tokens -= ticket.uncached_tokens
+        ticket.prefill.outstanding_prefills -= 1
+        if ticket.prefill is not ticket.decode:
+            ticket.prefill.inflight_requests -= 1
+
+    def finished(self, ticket: Ticket) -> None:
+        """The request is over, on both workers, however it ended. Calling it again changes nothing."""
+        self.prefilled(ticket)
+        if not ticket.decoding:
+            return
+        ticket.decoding = False
+        ticket.decode.inflight_tokens -= ticket.prompt_tokens
+        ticket.decode.inflight_requests -= 1

@@ -1,0 +1,179 @@
+"""Follow the workers' page events into the index.
+
+For each worker one task, one SUB socket on what it publishes and one DEALER socket
+for questions; `router.sequence` decides what to apply and what to ask. The task lives
+from the worker's first registration in an epoch until the worker is lost, leaves or is
+replaced, and its pages are forgotten then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from router.fleet import FeedMode, Fleet
+from router.index import Index
+from router.sequence import Sequence, Step
+from transfer.auth import ClusterKey
+from transfer.wire import (
+    Batch,
+    Cleared,
+    PageEvent,
+    PageMessage,
+    Registration,
+    Removed,
+    Stored,
+    decode_page_message,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.2
+"""How often time is looked at while nothing comes."""
+RECEIVE_HIGH_WATER = 100_000
+"""Batches that wait in a socket before it drops some; a drop is seen as a gap."""
+TURN_MESSAGES = 64
+"""Messages taken from a socket before requests get their turn again."""
+CLOSE_S = 2.0
+
+
+@dataclass(frozen=True)
+class _Feed:
+    sequence: Sequence
+    task: asyncio.Task[None]
+
+
+class Follower:
+    """Keeps `index` in step with the workers it is told to follow.
+
+    clock_s  seconds of a steady clock
+    """
+
+    def __init__(self, key: ClusterKey, index: Index, fleet: Fleet, clock_s: Callable[[], float]) -> None:
+        self._key = key
+        self._index = index
+        self._fleet = fleet
+        self._clock_s = clock_s
+        self._feeds: dict[str, _Feed] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._context = zmq.asyncio.Context()
+
+    async def close(self) -> None:
+        """Stops following everybody."""
+        for name in list(self._feeds):
+            self.forget(name)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_S)
+        self._context.destroy(linger=0)
+
+    def registered(self, registration: Registration) -> None:
+        """Starts to follow this epoch of the worker, or takes note of how far it says it is."""
+        feed = self._feeds.get(registration.worker)
+        if feed is not None and (feed.task.done() or feed.sequence.epoch < registration.epoch):
+            self.forget(registration.worker)
+            feed = None
+        if feed is None:
+            feed = self._start(registration)
+        if feed.sequence.epoch == registration.epoch:
+            feed.sequence.announced(registration.sequence)
+
+    def forget(self, name: str) -> None:
+        """Stops following the worker and drops its pages."""
+        feed = self._feeds.pop(name, None)
+        if feed is not None:
+            feed.task.cancel()
+        self._index.forget(name)
+
+    def _start(self, registration: Registration) -> _Feed:
+        sequence = Sequence(registration.epoch)
+        task = asyncio.create_task(self._follow(registration, sequence), name=registration.worker)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        feed = _Feed(sequence, task)
+        self._feeds[registration.worker] = feed
+        return feed
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # The next registration starts it again, from nothing.
+            log.error("feed ended worker=%s error=%r", task.get_name(), error)
+
+    async def _follow(self, registration: Registration, sequence: Sequence) -> None:
+        name = registration.worker
+        live, replay = self._context.socket(zmq.SUB), self._context.socket(zmq.DEALER)
+        try:
+            for socket in (live, replay):
+                self._key.secure_client(socket)
+                socket.rcvhwm = RECEIVE_HIGH_WATER
+            # Subscribed before the question is asked: what is published meanwhile is buffered, not lost.
+            live.subscribe(b"")
+            live.connect(registration.events)
+            replay.connect(registration.replay)
+            poller = zmq.asyncio.Poller()
+            poller.register(live, zmq.POLLIN)
+            poller.register(replay, zmq.POLLIN)
+            await self._take(name, sequence, sequence.start(self._clock_s()), replay)
+            while True:
+                readable = dict(await poller.poll(timeout=int(TICK_S * 1000)))
+                for socket in readable:
+                    for message in await self._received(name, socket):
+                        await self._take(name, sequence, self._next(sequence, message, socket is live), replay)
+                await self._take(name, sequence, sequence.tick(self._clock_s()), replay)
+        finally:
+            live.close(linger=0)
+            replay.close(linger=0)
+
+    async def _received(self, name: str, socket: zmq.asyncio.Socket) -> list[PageMessage]:
+        """What has arrived, TURN_MESSAGES at most. The payload is the last frame."""
+        messages: list[PageMessage] = []
+        while len(messages) < TURN_MESSAGES:
+            try:
+                frames = await socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            try:
+                message = decode_page_message(frames[-1])
+            except msgspec.DecodeError as error:
+                # Whatever it was is missing now, which the sequence will notice.
+                log.warning("page message refused worker=%s bytes=%d error=%s", name, len(frames[-1]), error)
+                continue
+            if message.worker == name:
+                messages.append(message)
+            else:
+                log.warning("page message of another worker wanted=%s found=%s", name, message.worker)
+        return messages
+
+    def _next(self, sequence: Sequence, message: PageMessage, live: bool) -> Step:
+        if not live:
+            return sequence.answered(message, self._clock_s())
+        return sequence.live(message, self._clock_s()) if isinstance(message, Batch) else Step()
+
+    async def _take(self, name: str, sequence: Sequence, step: Step, replay: zmq.asyncio.Socket) -> None:
+        for event in step.events:
+            self._apply(name, event)
+        worker = self._fleet.get(name)
+        if worker is not None and worker.registration.epoch <= sequence.epoch and not worker.lost:
+            worker.mode = FeedMode.EXACT if sequence.exact else FeedMode.CATCHING_UP
+        if step.ask is not None:
+            log.info("asking for pages worker=%s epoch=%d after=%d", name, step.ask.epoch, step.ask.sequence)
+            try:
+                await replay.send(encode(step.ask), zmq.NOBLOCK)
+            except zmq.Again:
+                log.warning("page request not sent worker=%s", name)
+
+    def _apply(self, name: str, event: PageEvent) -> None:
+        match event:
+            case Stored():
+                self._index.stored(name, event.parent, event.depth, event.ids, event.tier)
+            case Removed():
+                self._index.removed(name, event.ids, event.tier)
+            case Cleared():
+                self._index.cleared(name)

@@ -1,0 +1,145 @@
+"""What happened: the last requests, totals, and a line of seconds for the dashboard.
+
+Never any text of a prompt or an answer, and no message of the engine, which may quote
+one. Time comes in; seconds since 1970 where it is shown, seconds of a steady clock
+where it is subtracted.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from router.policy import Decision
+
+KEPT_REQUESTS = 200
+KEPT_S = 15 * 60
+"""How far back the line of seconds goes."""
+
+
+class Outcome(StrEnum):
+    RUNNING = "running"
+    OK = "ok"
+    ERROR = "error"
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True, kw_only=True)
+class Record:
+    """One request, from its choice to its end."""
+
+    id: str
+    at_s: float
+    """Seconds since 1970."""
+    started_s: float
+    """Seconds of the steady clock."""
+    endpoint: str
+    stream: bool
+    decision: Decision
+    unrendered: str = ""
+    """Why the prompt was not tokenized here; "" where it was."""
+    prompt_tokens: int
+    actual_cached_tokens: int | None = None
+    """As the engine reported; None while unknown."""
+    generated_tokens: int = 0
+    ttft_s: float | None = None
+    """Until the first bytes of a stream."""
+    itl_s: float | None = None
+    """Mean time between the tokens after the first."""
+    total_s: float | None = None
+    outcome: Outcome = Outcome.RUNNING
+    error: str | None = None
+
+    @property
+    def predicted_cached_tokens(self) -> int:
+        return self.decision.matched_tokens
+
+    @property
+    def reason(self) -> str:
+        return f"not rendered: {self.unrendered}" if self.unrendered else self.decision.reason
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums over requests. Tokens are counted when a request ends, requests when it begins."""
+
+    requests: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    predicted_cached_tokens: int = 0
+    actual_cached_tokens: int = 0
+    generated_tokens: int = 0
+
+    def add(self, other: Counts) -> None:
+        self.requests += other.requests
+        self.errors += other.errors
+        self.prompt_tokens += other.prompt_tokens
+        self.predicted_cached_tokens += other.predicted_cached_tokens
+        self.actual_cached_tokens += other.actual_cached_tokens
+        self.generated_tokens += other.generated_tokens
+
+
+class Ledger:
+    """Bounded: KEPT_REQUESTS requests and KEPT_S seconds."""
+
+    def __init__(self) -> None:
+        self.totals = Counts()
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._seconds: deque[tuple[int, Counts]] = deque()
+
+    def begin(self, record: Record) -> None:
+        """A request was sent to its workers."""
+        self._records[record.id] = record
+        while len(self._records) > KEPT_REQUESTS:
+            self._records.popitem(last=False)
+        self._count(record.at_s, Counts(requests=1))
+
+    def end(self, record: Record, outcome: Outcome, *, now_s: float, steady_s: float, error: str | None = None) -> None:
+        """The request is over. Its tokens count as cached only where the engine said so itself."""
+        record.outcome, record.error = outcome, error
+        record.total_s = steady_s - record.started_s
+        if record.ttft_s is not None and record.generated_tokens > 1:
+            record.itl_s = (record.total_s - record.ttft_s) / (record.generated_tokens - 1)
+        counts = Counts(errors=int(outcome is Outcome.ERROR), generated_tokens=record.generated_tokens)
+        if record.actual_cached_tokens is not None:
+            # Predicted and actual are compared over the same requests.
+            counts.prompt_tokens = record.prompt_tokens
+            counts.predicted_cached_tokens = record.predicted_cached_tokens
+            counts.actual_cached_tokens = record.actual_cached_tokens
+        self._count(now_s, counts)
+
+    def refused(self, now_s: float) -> None:
+        """A request that was sent to nobody."""
+        self._count(now_s, Counts(requests=1, errors=1))
+
+    def newest(self, count: int) -> list[Record]:
+        """The last requests, newest first."""
+        newest: list[Record] = []
+        for record in reversed(self._records.values()):
+            if len(newest) == count:
+                break
+            newest.append(record)
+        return newest
+
+    def get(self, request_id: str) -> Record | None:
+        return self._records.get(request_id)
+
+    def series(self, now_s: float) -> Iterator[tuple[int, Counts]]:
+        """(second since 1970, its sums), oldest first, of the last KEPT_S seconds; empty seconds are left out."""
+        self._prune(now_s)
+        return iter(self._seconds)
+
+    def _count(self, at_s: float, counts: Counts) -> None:
+        self.totals.add(counts)
+        # Two requests may be counted in the wrong order when a clock is set back; the line stays in order.
+        second = max(int(at_s), self._seconds[-1][0]) if self._seconds else int(at_s)
+        if not self._seconds or self._seconds[-1][0] != second:
+            self._seconds.append((second, Counts()))
+        self._seconds[-1][1].add(counts)
+        self._prune(at_s)
+
+    def _prune(self, now_s: float) -> None:
+        while self._seconds and self._seconds[0][0] < now_s - KEPT_S:
+            self._seconds.popleft()

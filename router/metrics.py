@@ -1,0 +1,86 @@
+"""Every metric of the router, for Prometheus.
+
+Counters and gauges are read from the ledger, the fleet and the index when somebody
+asks, so nothing is counted twice; only the histograms are fed, one request at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from router.fleet import FeedMode, Fleet
+from router.index import Index
+from router.ledger import Ledger, Record
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """A registry of its own, so that two routers in one process do not meet."""
+
+    def __init__(self, ledger: Ledger, fleet: Fleet, index: Index, clock_s: Callable[[], float]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Collector(ledger, fleet, index, clock_s))
+        self._ttft = self._histogram("mainstem_time_to_first_token_seconds", "Until the first bytes of a stream")
+        self._itl = self._histogram("mainstem_inter_token_seconds", "Mean time between tokens, one value a request")
+        self._total = self._histogram("mainstem_request_seconds", "From choice to end")
+
+    def ended(self, record: Record) -> None:
+        """Takes a finished request into the histograms."""
+        for histogram, value in ((self._ttft, record.ttft_s), (self._itl, record.itl_s), (self._total, record.total_s)):
+            if value is not None:
+                histogram.observe(value)
+
+    def text(self) -> bytes:
+        """What `/metrics` answers."""
+        text: bytes = generate_latest(self._registry)
+        return text
+
+    def _histogram(self, name: str, says: str) -> Histogram:
+        return Histogram(name, says, registry=self._registry, buckets=_SECONDS)
+
+
+class _Collector:
+    def __init__(self, ledger: Ledger, fleet: Fleet, index: Index, clock_s: Callable[[], float]) -> None:
+        self._ledger = ledger
+        self._fleet = fleet
+        self._index = index
+        self._clock_s = clock_s
+
+    def collect(self) -> Iterator[Metric]:
+        totals = self._ledger.totals
+        yield CounterMetricFamily("mainstem_requests", "Requests received", value=totals.requests)
+        yield CounterMetricFamily("mainstem_errors", "Requests that failed", value=totals.errors)
+        yield CounterMetricFamily("mainstem_prompt_tokens", "Prompt tokens", value=totals.prompt_tokens)
+        yield CounterMetricFamily("mainstem_generated_tokens", "Generated tokens", value=totals.generated_tokens)
+        cached = CounterMetricFamily("mainstem_cached_tokens", "Prompt tokens not computed again", labels=["source"])
+        cached.add_metric(["predicted"], totals.predicted_cached_tokens)
+        cached.add_metric(["engine"], totals.actual_cached_tokens)
+        yield cached
+        yield GaugeMetricFamily("mainstem_index_pages", "Pages in the index", value=len(self._index))
+        yield GaugeMetricFamily("mainstem_index_bytes", "Memory of the index", value=self._index.bytes)
+        yield CounterMetricFamily("mainstem_index_evicted_pages", "Pages dropped", value=self._index.evicted)
+        yield from self._workers()
+
+    def _workers(self) -> Iterator[Metric]:
+        labels = ["worker", "role"]
+        up = GaugeMetricFamily("mainstem_worker_ready", "1 where it takes requests", labels=labels)
+        exact = GaugeMetricFamily("mainstem_worker_index_exact", "1 where all its pages are known", labels=labels)
+        pages = GaugeMetricFamily("mainstem_worker_held_pages", "Pages it is known to hold", labels=labels)
+        inflight = GaugeMetricFamily("mainstem_worker_inflight_requests", "Requests in flight", labels=labels)
+        outstanding = GaugeMetricFamily(
+            "mainstem_worker_outstanding_uncached_tokens", "Tokens it has yet to compute", labels=labels
+        )
+        requests = CounterMetricFamily("mainstem_worker_requests", "Requests sent to it", labels=labels)
+        for worker in self._fleet:
+            key = [worker.name, worker.role]
+            up.add_metric(key, worker.state(self._clock_s()) == "ready")
+            exact.add_metric(key, worker.mode is FeedMode.EXACT)
+            pages.add_metric(key, self._index.held(worker.name))
+            inflight.add_metric(key, worker.inflight_requests)
+            outstanding.add_metric(key, worker.outstanding_uncached_tokens)
+            requests.add_metric(key, worker.requests)
+        yield from (up, exact, pages, inflight, outstanding, requests)

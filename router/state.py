@@ -1,0 +1,93 @@
+"""What the dashboard is told: one JSON object, made anew each time from what the router knows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from router.fleet import Fleet, Worker
+from router.index import Index
+from router.ledger import Counts, Ledger, Record
+
+SHOWN_REQUESTS = 50
+
+
+def snapshot(
+    *,
+    cluster: str,
+    router: str,
+    model: str,
+    uptime_s: float,
+    now_s: float,
+    steady_s: float,
+    fleet: Fleet,
+    index: Index,
+    ledger: Ledger,
+) -> dict[str, Any]:
+    """The whole state. `now_s` is since 1970, `steady_s` is of the fleet's clock."""
+    return {
+        "cluster": cluster,
+        "router": router,
+        "uptime_s": uptime_s,
+        "now_s": now_s,
+        "model": model,
+        "totals": asdict(ledger.totals),
+        "series": [{"t_s": second, **_in_series(counts)} for second, counts in ledger.series(now_s)],
+        "index": {"nodes": len(index), "bytes": index.bytes, "max_bytes": index.max_bytes},
+        "workers": [_worker(worker, index, steady_s) for worker in sorted(fleet, key=lambda worker: worker.name)],
+        "requests": [_request(record) for record in ledger.newest(SHOWN_REQUESTS)],
+    }
+
+
+def explanation(record: Record) -> dict[str, Any]:
+    """Everything about one request's choice."""
+    return {**_request(record), "unrendered": record.unrendered or None, "decision": asdict(record.decision)}
+
+
+def _in_series(counts: Counts) -> dict[str, int]:
+    sums = asdict(counts)
+    del sums["generated_tokens"]
+    return sums
+
+
+def _worker(worker: Worker, index: Index, steady_s: float) -> dict[str, Any]:
+    registration = worker.registration
+    return {
+        "name": worker.name,
+        "role": worker.role,
+        "state": worker.state(steady_s),
+        "url": registration.url,
+        "epoch": registration.epoch,
+        "mode": worker.mode.value,
+        "held_pages": index.held(worker.name),
+        "capacity_pages": registration.capacity_tokens // registration.page_tokens,
+        "running_requests": registration.load.running_requests,
+        "waiting_requests": registration.load.waiting_requests,
+        "inflight_requests": worker.inflight_requests,
+        "outstanding_uncached_tokens": worker.outstanding_uncached_tokens,
+        "used_tokens": registration.load.used_tokens,
+        "capacity_tokens": registration.capacity_tokens,
+        "page_tokens": registration.page_tokens,
+        "last_seen_s": steady_s - worker.seen_s,
+        "requests": worker.requests,
+    }
+
+
+def _request(record: Record) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "at_s": record.at_s,
+        "endpoint": record.endpoint,
+        "prefill": record.decision.prefill,
+        "decode": record.decision.decode,
+        "prompt_tokens": record.prompt_tokens,
+        "predicted_cached_tokens": record.predicted_cached_tokens,
+        "actual_cached_tokens": record.actual_cached_tokens,
+        "generated_tokens": record.generated_tokens,
+        "ttft_s": record.ttft_s,
+        "total_s": record.total_s,
+        "stream": record.stream,
+        "outcome": record.outcome.value,
+        "reason": record.reason,
+        "error": record.error,
+    }

@@ -1,0 +1,139 @@
+"""Workers come, go, are counted and are avoided."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from router.fleet import FORGET_S, RECENT_HALF_LIFE_S, SUSPECT_S, Change, Fleet
+from transfer.wire import Load, Registration, Role
+
+
+def registration(name: str, role: Role = "prefill", epoch: int = 1) -> Registration:
+    return Registration(
+        worker=name,
+        epoch=epoch,
+        role=role,
+        state="ready",
+        url="http://127.0.0.1:1",
+        events="",
+        replay="",
+        model="tiny",
+        page_tokens=16,
+        kv_dtype="float32",
+        capacity_tokens=1000,
+        max_context_tokens=1000,
+        lease_s=5.0,
+    )
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    fleet = Fleet()
+    for name in ("p0", "p1"):
+        fleet.register(registration(name), 0)
+    fleet.register(registration("d0", "decode"), 0)
+    return fleet
+
+
+def names(fleet: Fleet, now_s: float) -> list[str]:
+    return [worker.name for worker in fleet.candidates(["prefill", "both"], now_s)]
+
+
+def test_a_worker_whose_lease_ran_out_is_lost_once_and_comes_back_with_the_next_renewal(fleet: Fleet) -> None:
+    fleet.register(registration("p1"), 4)
+    fleet.register(registration("d0", "decode"), 4)
+
+    assert fleet.expire(5.1) == ["p0"]
+    assert fleet.expire(5.2) == []
+    assert names(fleet, 5.2) == ["p1"]
+    assert fleet["p0"].state(5.2) == "lost"
+    assert fleet.register(registration("p0"), 6) is Change.BACK
+    assert names(fleet, 6) == ["p0", "p1"]
+
+
+def test_a_worker_that_was_lost_long_ago_is_dropped(fleet: Fleet) -> None:
+    fleet.expire(6)
+    fleet.expire(5 + FORGET_S + 1)
+
+    assert "p0" not in fleet
+
+
+def test_a_new_epoch_starts_with_no_load_and_an_old_one_is_not_listened_to(fleet: Fleet) -> None:
+    fleet.dispatch("p0", "d0", 100, 100, 0)
+
+    assert fleet.register(registration("p0", epoch=2), 1) is Change.REPLACED
+    assert fleet["p0"].outstanding_uncached_tokens == 0
+    assert fleet.register(registration("p0", epoch=1), 2) is Change.STALE
+    assert fleet["p0"].registration.epoch == 2
+
+
+def test_a_request_of_an_earlier_epoch_takes_nothing_off_the_new_one(fleet: Fleet) -> None:
+    ticket = fleet.dispatch("p0", "d0", 100, 100, 0)
+    fleet.register(registration("p0", epoch=2), 1)
+
+    fleet.finished(ticket)
+
+    assert fleet["p0"].outstanding_uncached_tokens == 0
+    assert fleet["d0"].inflight_requests == 0
+
+
+def test_a_leaving_worker_is_gone_at_once(fleet: Fleet) -> None:
+    leaving = msgspec.structs.replace(registration("p0"), leaving=True)
+
+    assert fleet.register(leaving, 1) is Change.LEFT
+    assert names(fleet, 1) == ["p1"]
+
+
+def test_a_suspect_is_avoided_for_a_while_but_taken_where_it_is_the_only_one(fleet: Fleet) -> None:
+    fleet.suspect("p0", 1)
+    assert names(fleet, 2) == ["p1"]
+    assert names(fleet, 1 + SUSPECT_S) == ["p0", "p1"]
+
+    fleet.suspect("p0", 10)
+    fleet.suspect("p1", 10)
+    assert names(fleet, 11) == ["p0", "p1"]
+
+
+def test_load_is_counted_at_dispatch_and_taken_off_once(fleet: Fleet) -> None:
+    ticket = fleet.dispatch("p0", "d0", prompt_tokens=100, uncached_tokens=60, now_s=0)
+
+    assert fleet["p0"].outstanding_uncached_tokens == 60
+    assert fleet["p0"].inflight_requests == fleet["d0"].inflight_requests == 1
+    assert fleet["d0"].inflight_tokens == 100
+
+    fleet.prefilled(ticket)
+    fleet.prefilled(ticket)
+    assert fleet["p0"].outstanding_uncached_tokens == fleet["p0"].inflight_requests == 0
+    assert fleet["d0"].inflight_requests == 1
+
+    fleet.finished(ticket)
+    fleet.finished(ticket)
+    assert fleet["d0"].inflight_requests == fleet["d0"].inflight_tokens == 0
+    assert fleet["p0"].requests == 1
+
+
+def test_a_worker_that_does_both_counts_a_request_once(fleet: Fleet) -> None:
+    fleet.register(registration("m0", "both"), 0)
+    ticket = fleet.dispatch("m0", "m0", 10, 10, 0)
+
+    assert fleet["m0"].inflight_requests == fleet["m0"].requests == 1
+    fleet.prefilled(ticket)
+    assert fleet["m0"].inflight_requests == 1
+    fleet.finished(ticket)
+    assert fleet["m0"].inflight_requests == 0
+
+
+def test_recent_tokens_halve(fleet: Fleet) -> None:
+    fleet.dispatch("p0", "d0", 100, 80, 0)
+    fleet.dispatch("p0", "d0", 100, 80, RECENT_HALF_LIFE_S)
+
+    assert fleet["p0"].recent.at(RECENT_HALF_LIFE_S) == pytest.approx(120)
+    assert fleet["p0"].recent.at(2 * RECENT_HALF_LIFE_S) == pytest.approx(60)
+
+
+def test_other_routers_requests_count_too(fleet: Fleet) -> None:
+    load = Load(running_requests=7)
+    fleet.register(msgspec.structs.replace(registration("d0", "decode"), load=load), 1)
+
+    assert fleet["d0"].running_requests == 7

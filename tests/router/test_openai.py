@@ -1,0 +1,176 @@
+"""Reading a body, refusing it, and adding to it without touching it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.openai import MAX_BODY_BYTES, ApiError, Endpoint, Handoff, check_length, leg_body, read
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION = {"model": "m", "prompt": "hi"}
+ROOM = Handoff("10.0.0.1", 7000, 2**62)
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def raw(body: Any) -> bytes:
+    return json.dumps(body).encode()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(["user", "stop", "seed", "x y", "ü", '"']), values, max_size=4),
+    st.sampled_from([b"", b"\n", b"  \r\n"]),
+    st.booleans(),
+)
+def test_the_clients_bytes_are_kept_and_ours_win(extra: dict[str, Any], space: bytes, stream: bool) -> None:
+    body = {**CHAT, **extra, "stream": stream}
+    sent = space + json.dumps(body, ensure_ascii=False, indent=1).encode() + space
+    request = read(Endpoint.CHAT, sent, "m")
+
+    prefill = leg_body(request, "r" * 32, [1, 2], ROOM, keep_stream=False)
+    decode = leg_body(request, "r" * 32, [1, 2], ROOM, keep_stream=True)
+
+    assert prefill.startswith(sent.strip()[:-1])
+    assert decode.startswith(sent.strip()[:-1])
+    ours = {
+        "input_ids": [1, 2],
+        "rid": "r" * 32,
+        "bootstrap_host": "10.0.0.1",
+        "bootstrap_port": 7000,
+        "bootstrap_room": 2**62,
+    }
+    # Python's json is what the engine parses with: the last of equal keys is taken.
+    assert json.loads(decode) == {**body, **ours}
+    assert json.loads(prefill) == {**body, **ours, "stream": False}
+
+
+def test_a_completions_prompt_becomes_its_ids() -> None:
+    request = read(Endpoint.COMPLETIONS, raw(COMPLETION), "m")
+
+    assert json.loads(leg_body(request, "r", [5], ROOM, keep_stream=True))["prompt"] == [5]
+
+
+def test_a_body_that_was_not_rendered_keeps_its_prompt() -> None:
+    body = {**COMPLETION, "prompt": ["a", "b"]}
+    request = read(Endpoint.COMPLETIONS, raw(body), "m")
+
+    added = json.loads(leg_body(request, "r", None, ROOM, keep_stream=True))
+
+    assert added == {
+        **body,
+        "rid": "r",
+        "bootstrap_host": "10.0.0.1",
+        "bootstrap_port": 7000,
+        "bootstrap_room": 2**62,
+    }
+
+
+def test_a_worker_that_decodes_itself_gets_no_room() -> None:
+    request = read(Endpoint.CHAT, raw(CHAT), "m")
+
+    assert json.loads(leg_body(request, "r", [1], None, keep_stream=True)) == {**CHAT, "input_ids": [1], "rid": "r"}
+
+
+def test_a_null_stream_is_none() -> None:
+    request = read(Endpoint.CHAT, raw({**CHAT, "stream": None}), "m")
+
+    assert request.stream is False
+    assert json.loads(leg_body(request, "r", [1], ROOM, keep_stream=True))["stream"] is False
+
+
+def test_salt_and_extra_key_are_joined_as_the_engine_does() -> None:
+    assert read(Endpoint.CHAT, raw({**CHAT, "extra_key": "b", "cache_salt": "a"}), "m").salt == "ab"
+    assert read(Endpoint.CHAT, raw({**CHAT, "extra_key": None, "cache_salt": ""}), "m").salt == ""
+
+
+REFUSED: list[tuple[Endpoint, Any, int, str, str | None]] = [
+    (Endpoint.CHAT, [1], 400, "body: wanted a JSON object, found a list", None),
+    (Endpoint.CHAT, {}, 400, "model: wanted the name", "model"),
+    (Endpoint.CHAT, {**CHAT, "model": 3}, 400, "model: wanted text, found a number", "model"),
+    (Endpoint.CHAT, {**CHAT, "model": "n"}, 404, "model: wanted 'm', found 'n'", "model"),
+    (Endpoint.CHAT, {"model": "m"}, 400, "messages: wanted a list of messages, found none", "messages"),
+    (Endpoint.CHAT, {**CHAT, "messages": []}, 400, "messages: wanted at least one", "messages"),
+    (Endpoint.CHAT, {**CHAT, "messages": "hi"}, 400, "messages: wanted a list, found text", "messages"),
+    (Endpoint.CHAT, {**CHAT, "messages": ["hi"]}, 400, r"messages\[0\]: wanted an object, found text", "messages[0]"),
+    (Endpoint.CHAT, {**CHAT, "stream": "yes"}, 400, "stream: wanted true or false, found text", "stream"),
+    (Endpoint.CHAT, {**CHAT, "n": 2}, 400, "n: wanted 1", "n"),
+    (Endpoint.CHAT, {**CHAT, "n": 0}, 400, "n: wanted at least 1, found 0", "n"),
+    (Endpoint.CHAT, {**CHAT, "max_tokens": -1}, 400, "max_tokens: wanted at least 1, found -1", "max_tokens"),
+    (Endpoint.CHAT, {**CHAT, "max_tokens": 1.5}, 400, "max_tokens: wanted a whole number", "max_tokens"),
+    (Endpoint.CHAT, {**CHAT, "max_tokens": True}, 400, "max_tokens: wanted a whole number", "max_tokens"),
+    (Endpoint.CHAT, {**CHAT, "input_ids": [1]}, 400, "input_ids: set by the router", "input_ids"),
+    (Endpoint.CHAT, {**CHAT, "rid": "x"}, 400, "rid: set by the router", "rid"),
+    (Endpoint.CHAT, {**CHAT, "bootstrap_room": 1}, 400, "bootstrap_room: set by the router", "bootstrap_room"),
+    (Endpoint.CHAT, {**CHAT, "routed_dp_rank": 0}, 400, "routed_dp_rank: the router chooses", "routed_dp_rank"),
+    (Endpoint.CHAT, {**CHAT, "cache_salt": 3}, 400, "cache_salt: wanted text", "cache_salt"),
+    (Endpoint.CHAT, {**CHAT, "cache_salt": "a\0b"}, 400, "cache_salt: wanted text without NUL", "cache_salt"),
+    (Endpoint.COMPLETIONS, {"model": "m"}, 400, "prompt: wanted text or token ids, found none", "prompt"),
+    (Endpoint.COMPLETIONS, {**COMPLETION, "prompt": ""}, 400, "prompt: wanted at least one token", "prompt"),
+    (
+        Endpoint.COMPLETIONS,
+        {**COMPLETION, "prompt": {}},
+        400,
+        "prompt: wanted text or a list, found an object",
+        "prompt",
+    ),
+    (Endpoint.COMPLETIONS, {**COMPLETION, "prompt": [1, -1]}, 400, "prompt: wanted token ids", "prompt"),
+    (Endpoint.COMPLETIONS, {**COMPLETION, "prompt": ["a", 1]}, 400, "prompt: wanted texts, or lists", "prompt"),
+    (Endpoint.COMPLETIONS, {**COMPLETION, "prompt": ["a"] * 1025}, 400, "prompt: wanted at most 1024", "prompt"),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "body", "status", "message", "param"), REFUSED)
+def test_a_mistake_is_named_with_what_was_wanted_and_found(
+    endpoint: Endpoint, body: Any, status: int, message: str, param: str | None
+) -> None:
+    with pytest.raises(ApiError, match=message) as caught:
+        read(endpoint, raw(body), "m")
+
+    assert caught.value.status == status
+    error = json.loads(caught.value.body())["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert error["code"] == ("model_not_found" if status == 404 else None)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"{", b"\xff", b'{"a":1}x', b"[" * 100_000, json.dumps(CHAT).encode("utf-16"), b"\xef\xbb\xbf{}"]
+)
+def test_what_is_not_json_is_refused(sent: bytes) -> None:
+    with pytest.raises(ApiError, match="body: wanted JSON"):
+        read(Endpoint.CHAT, sent, "m")
+
+
+def test_a_huge_body_is_refused() -> None:
+    with pytest.raises(ApiError) as caught:
+        read(Endpoint.CHAT, b" " * (MAX_BODY_BYTES + 1), "m")
+
+    assert caught.value.status == 413
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_the_numbers() -> None:
+    request = read(Endpoint.CHAT, raw({**CHAT, "max_tokens": 30}), "m")
+
+    check_length(request, prompt_tokens=70, context_tokens=100)
+    with pytest.raises(ApiError, match=r"71 tokens of prompt and 30 of completion are 101, .* context is 100"):
+        check_length(request, prompt_tokens=71, context_tokens=100)
+    with pytest.raises(ApiError, match=r"the prompt has 100 tokens, .* context is 100") as caught:
+        check_length(request, prompt_tokens=100, context_tokens=100)
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == "messages"
+
+
+def test_a_completion_without_a_limit_has_the_apis_own() -> None:
+    assert read(Endpoint.COMPLETIONS, raw(COMPLETION), "m").max_new_tokens == 16
+    assert read(Endpoint.CHAT, raw(CHAT), "m").max_new_tokens is None
+    assert read(Endpoint.CHAT, raw({**CHAT, "max_tokens": 5, "max_completion_tokens": 7}), "m").max_new_tokens == 7
