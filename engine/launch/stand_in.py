@@ -1,0 +1,114 @@
+"""Processes that stand in for the router and for SGLang's workers, to try the launcher without either.
+
+They are real processes with real sockets: the router takes registrations and lists
+the workers as the real one does, a worker listens on its port and registers until
+it ends. What a worker should do wrong is said in its environment:
+
+    STAND_IN_EXIT=CODE        end with this code as soon as it starts
+    STAND_IN_MUTE=1           never register, so never become ready
+    STAND_IN_DEAF=1           ignore SIGTERM
+    STAND_IN_CHILD=1          start a child that ignores SIGTERM, as a scheduler would outlive its server
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from engine.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from router.config import RouterSpec
+
+RENEW_S = 0.2
+_CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+
+def import_engine() -> None:
+    """Stands for half a minute of imports."""
+
+
+def run_router(spec: RouterSpec) -> None:
+    """Serves GET /health and /api/state and POST /internal/register until SIGTERM."""
+    workers: dict[str, dict[str, Any]] = {}
+
+    class Handler(_Quiet):
+        def do_GET(self) -> None:
+            known = {"/health": {}, "/api/state": {"workers": list(workers.values())}}
+            self.answer(200 if self.path in known else 404, known.get(self.path, {}))
+
+        def do_POST(self) -> None:
+            worker = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            workers[worker["name"]] = worker
+            self.answer(200, {})
+
+    _serve_until_terminated(ThreadingHTTPServer((spec.section.host, spec.section.port), Handler))
+
+
+def run_worker(spec: WorkerSpec) -> None:
+    """Listens on its port and registers until SIGTERM, or does wrong as its environment says."""
+    if code := os.environ.get("STAND_IN_EXIT"):
+        print(f"RuntimeError: told to end with code {code}", file=sys.stderr)
+        sys.exit(int(code))
+    if os.environ.get("STAND_IN_CHILD"):
+        child = subprocess.Popen([sys.executable, "-c", _CHILD])
+        Path(spec.run_dir, "child.pid").write_text(str(child.pid))
+    if not os.environ.get("STAND_IN_MUTE"):
+        threading.Thread(target=_register_for_ever, args=(spec, time.time_ns()), daemon=True).start()
+    server = ThreadingHTTPServer((spec.host, spec.port), _Quiet)
+    if os.environ.get("STAND_IN_DEAF"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        server.serve_forever()
+    _serve_until_terminated(server)
+
+
+class _Quiet(BaseHTTPRequestHandler):
+    def answer(self, status: int, body: dict[str, Any]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: looks of the launcher are no news."""
+
+
+def _serve_until_terminated(server: ThreadingHTTPServer) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    with server:
+        server.serve_forever(poll_interval=0.05)
+
+
+def _register_for_ever(spec: WorkerSpec, epoch: int) -> None:
+    body = json.dumps({"name": spec.name, "state": "ready", "mode": "exact", "epoch": epoch})
+    while True:
+        for router in spec.routers:
+            _post(router, body)
+        time.sleep(RENEW_S)
+
+
+def _post(router: str, body: str) -> None:
+    place = urlsplit(router)
+    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=2)
+    try:
+        connection.request("POST", "/internal/register", body)
+        connection.getresponse().read()
+    except OSError:
+        pass  # It may not listen yet, or be on its way back; the next turn tries again.
+    finally:
+        connection.close()

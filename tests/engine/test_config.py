@@ -1,0 +1,208 @@
+"""The cluster file: what it accepts, and the one line that each mistake gives."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import ClusterConfig, parse_cluster, read_cluster
+from engine.launch.errors import BadInput
+from engine.launch.flags import OWNED, FlagValue, arguments, known_flags, parse_flags
+
+ROOT = Path(__file__).parents[2]
+WORKERS = "workers: [{role: prefill, count: 2}, {role: decode}]\n"
+HEAD = f"name: tiny\nmodel: {{path: smollm2}}\n{WORKERS}"
+
+
+def parse(text: str) -> ClusterConfig:
+    return parse_cluster(text, Path("/nowhere"))
+
+
+def lines_of(text: str) -> tuple[str, ...]:
+    with pytest.raises(BadInput) as caught:
+        parse(text)
+    return caught.value.lines
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_file_in_configs_is_valid(path: Path) -> None:
+    assert read_cluster(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("added", "line"),
+    [
+        ("router: {port: abc}", "router.port: wanted an integer from 1 to 65535, found 'abc'"),
+        ("router: {port: 0}", "router.port: wanted an integer from 1 to 65535, found 0"),
+        ("router: {prot: 1}", "router.prot: unknown key, did you mean 'port'?"),
+        ("rooter: {port: 1}", "rooter: unknown key, did you mean 'router'?"),
+        ("router: {cost: {alpha: 0}}", "router.cost.alpha: wanted a number of at least 1, found 0"),
+        ("router: 8000", "router: wanted a mapping, found 8000"),
+        ("launch: {start: frok}", "launch.start: wanted one of auto, fork, spawn, found 'frok'"),
+        ("launch: {restarts: true}", "launch.restarts: wanted an integer of at least 0, found true"),
+        ("launch: {stop_timeout_s: 0}", "launch.stop_timeout_s: wanted a number above 0, found 0"),
+        ("transfer: {transports: []}", "transfer.transports: wanted a list with at least one entry, found a list of 0"),
+        ("transfer: {transports: [ucx]}", "transfer.transports[0]: wanted one of shm, tcp, found 'ucx'"),
+        ("environment: {A: true}", "environment.A: wanted text, found true; write it in quotes"),
+        ("engine: {page-size: 0}", "engine.page-size: wanted an integer of at least 1, found 0"),
+        ("engine: {page-size: true}", "engine.page-size: wanted an integer of at least 1, found true"),
+        (
+            "engine: {device: {type: cpu}}",
+            "engine.device: wanted true or false, an integer, a number, text or a list, found a mapping",
+        ),
+        ("engine: {--device: cpu}", "engine.--device: wanted the name without dashes, write 'device'"),
+        ("engine: {page_size: 16}", "engine.page_size: wanted SGLang's long name, did you mean 'page-size'?"),
+        (
+            "engine: {atention-backend: x}",
+            "engine.atention-backend: unknown SGLang flag, did you mean 'attention-backend'?",
+        ),
+        (
+            "engine: {port: 30000}",
+            "engine.port: is not yours to set: the launcher chooses ports; workers[].port_base sets where they start",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_place_what_was_wanted_and_what_was_found(added: str, line: str) -> None:
+    assert lines_of(HEAD + added) == (line,)
+
+
+@pytest.mark.parametrize(
+    ("workers", "line"),
+    [
+        ("[{role: prefill, cout: 2}]", "workers[0].cout: unknown key, did you mean 'count'?"),
+        ("[{role: prefill, count: 0}]", "workers[0].count: wanted an integer from 1 to 512, found 0"),
+        ("[{role: prefil}]", "workers[0].role: wanted one of prefill, decode, both, found 'prefil'"),
+        ("[{count: 1}]", "workers[0].role: wanted one of prefill, decode, both, found nothing"),
+        ("[]", "workers: wanted a list with at least one entry, found a list of 0"),
+        ("[{role: prefill}]", "workers: wanted prefill and decode workers, or role both; found no decode worker"),
+        ("[{role: decode}]", "workers: wanted prefill and decode workers, or role both; found no prefill worker"),
+        (
+            "[{role: both, engine: {page-size: 1}}]",
+            "workers[0].engine.page-size: must be the same for all workers, set it in engine.page-size",
+        ),
+        (
+            "[{role: both, engine: {pag-size: 1}}]",
+            "workers[0].engine.pag-size: unknown SGLang flag, did you mean 'page-size'?",
+        ),
+        ("[{role: both, port_base: 80}]", "workers[0].port_base: wanted an integer from 1024 to 65000, found 80"),
+        (
+            "[{role: both, port_base: 7998, count: 2}]",
+            "workers[0].port_base: wanted 8 free ports in a row up to 65535, found that 8000 is taken or too high",
+        ),
+    ],
+)
+def test_a_mistake_in_a_group_of_workers_names_the_group(workers: str, line: str) -> None:
+    assert lines_of(f"name: tiny\nmodel: {{path: smollm2}}\nworkers: {workers}") == (line,)
+
+
+def test_every_mistake_of_a_file_is_told_at_once() -> None:
+    assert lines_of("name: Tiny\nworkers: [{role: both, host: 3}]") == (
+        "name: wanted text matching ^[a-z0-9][a-z0-9-]{0,39}$, found 'Tiny'",
+        "model: wanted a mapping, found nothing",
+        "workers[0].host: wanted text, found 3",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: a\nmodel: {path: x}\nname: b\n", "line 3: name: wanted once, found again (first on line 1)"),
+        ("name: [\n", "line 2: expected the node content, but found '<stream end>'"),
+        ("- a\n- b\n", "wanted a mapping with name, model and workers, found a list of 2"),
+        ("", "wanted a mapping with name, model and workers, found nothing"),
+        (
+            "name: !!python/object:os.system {}\n",
+            "line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.system'",
+        ),
+    ],
+)
+def test_what_is_not_yaml_for_a_cluster_is_one_line(text: str, line: str) -> None:
+    assert lines_of(text) == (line,)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"none\.yaml: no such file"):
+        read_cluster(tmp_path / "none.yaml")
+
+
+def test_each_line_of_a_file_on_disk_begins_with_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: tiny\n")
+    with pytest.raises(BadInput) as caught:
+        read_cluster(path)
+    assert len(caught.value.lines) == 2
+    assert all(line.startswith(f"{path}: ") for line in caught.value.lines)
+
+
+def test_fork_is_refused_with_a_gpu_and_says_why() -> None:
+    (line,) = lines_of(HEAD + "engine: {device: cuda}\nlaunch: {start: fork}")
+    assert line.startswith("launch.start: fork wants engine.device cpu, found 'cuda': ")
+
+
+def test_one_group_with_a_gpu_is_enough_to_refuse_fork() -> None:
+    text = "name: a\nmodel: {path: x}\nengine: {device: cpu}\nworkers: [{role: both, engine: {device: cuda}}]"
+    (line,) = lines_of(text + "\nlaunch: {start: fork}")
+    assert "found 'cuda'" in line
+
+
+@pytest.mark.parametrize(("device", "forks"), [("cpu", True), ("cuda", False)])
+def test_auto_forks_on_a_cpu_only(device: str, forks: bool) -> None:
+    assert parse(HEAD + f"engine: {{device: {device}}}").forks is forks
+
+
+def test_spawn_can_be_chosen_on_a_cpu() -> None:
+    assert not parse(HEAD + "engine: {device: cpu}\nlaunch: {start: spawn}").forks
+
+
+def test_a_router_that_everybody_reaches_needs_a_key(tmp_path: Path) -> None:
+    (line,) = lines_of(HEAD + "router: {host: 0.0.0.0}")
+    assert line == "router.api_key_file: wanted a file, as host '0.0.0.0' is not loopback, found none"
+
+    (tmp_path / "key").write_text("secret\n")
+    with_key = HEAD + "router: {host: 0.0.0.0, api_key_file: key}"
+    assert parse_cluster(with_key, tmp_path).router.api_key_file == tmp_path / "key"
+    (line,) = lines_of(with_key)
+    assert line == "router.api_key_file: wanted a file, found none at /nowhere/key"
+
+
+def test_the_page_size_is_sixteen_unless_the_engine_is_told_otherwise() -> None:
+    assert parse(HEAD).page_tokens == 16
+    assert parse(HEAD + "engine: {page-size: 64}").page_tokens == 64
+
+
+def test_numbers_in_the_environment_become_text() -> None:
+    assert parse(HEAD + "environment: {OMP_NUM_THREADS: 1}").environment == {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("flag", sorted(OWNED))
+def test_each_flag_that_the_launcher_owns_is_refused_with_a_reason(flag: str) -> None:
+    (line,) = lines_of(HEAD + f"engine: {{{flag}: 1}}")
+    assert line == f"engine.{flag}: is not yours to set: {OWNED[flag]}"
+
+
+def test_flags_become_the_words_of_a_command_line() -> None:
+    flags: dict[str, FlagValue] = {
+        "device": "cpu",
+        "page-size": 16,
+        "enable-metrics": True,
+        "sleep-on-idle": False,
+        "cuda-graph-bs": [1, 2],
+    }
+    assert arguments(flags) == ("--device", "cpu", "--page-size", "16", "--enable-metrics", "--cuda-graph-bs", "1", "2")
+
+
+def test_the_installed_sglang_is_read_for_its_flags() -> None:
+    known = known_flags()
+    assert {"page-size", "disable-overlap-schedule", "tensor-parallel-size", "tool-call-parser"} <= known
+    assert OWNED.keys() <= known  # a flag that SGLang dropped needs no protection
+
+
+def test_flags_are_found_as_fields_aliases_and_options_added_by_hand() -> None:
+    source = """
+class ServerArgs:
+    tp_size: A[int, Arg(help="...", aliases=["--tensor-parallel-size"])] = 1
+    @staticmethod
+    def add_cli_args(parser):
+        parser.add_argument("--config", type=str)
+"""
+    assert parse_flags(source) == {"tp-size", "tensor-parallel-size", "config"}
+    assert parse_flags("class Other: pass") == frozenset()
