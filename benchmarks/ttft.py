@@ -23,8 +23,8 @@ from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
 from engine.spec import WorkerSpec
 
-PREFIX_WORDS = 860
-"""About 1,000 tokens of SmolLM2."""
+PREFIX_WORDS = 1000
+"""As many tokens of SmolLM2."""
 MAX_TOKENS = 4
 
 

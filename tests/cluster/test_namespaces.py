@@ -7,16 +7,17 @@ both alike, so an eviction of one would drop both from an index.
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
-import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
-from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+import pytest
 
 from engine.journal import Journal
 from engine.page_events import PageEvents
 from router.index import Index
 from transfer.pages import chain_ids, namespace, root_id
 from transfer.wire import PageEvent, Removed, Stored, Tier
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what SGLang and its libraries warn of when they are imported
 
 PAGE = 4
 TOKENS = list(range(100, 116))
@@ -27,7 +28,7 @@ class Allocator:
 
     device = "cpu"
 
-    def free(self, slots: torch.Tensor) -> None:
+    def free(self, slots: Any) -> None:
         """Nothing to free."""
 
 
@@ -35,17 +36,25 @@ class Tree:
     """The real tree, with its recording replaced as the plug-in replaces it."""
 
     def __init__(self) -> None:
+        # Imported here: it takes half a minute, also where these tests are only collected.
+        import torch
+        from sglang.srt.mem_cache import base_prefix_cache, radix_cache
+
+        self._torch, self._parameters, self._radix_cache = torch, base_prefix_cache, radix_cache
         self.events: list[PageEvent] = []
         recorded = PageEvents("m", "", self.events.append)
-        self.cache = RadixCache.create_simulated(
+        self.cache = radix_cache.RadixCache.create_simulated(
             page_size=PAGE, enable_kv_cache_events=True, mock_allocator=Allocator()
         )
         self.cache._record_store_event = lambda node, medium=None: recorded.stored(node, PAGE, medium)
         self.cache._record_remove_event = lambda node, medium=None: recorded.removed(node, PAGE, medium)
 
     def insert(self, tokens: list[int], extra_key: str | None) -> None:
-        key = RadixKey(array("q", tokens), extra_key)
-        self.cache.insert(InsertParams(key=key, value=torch.arange(len(tokens))))
+        key = self._radix_cache.RadixKey(array("q", tokens), extra_key)
+        self.cache.insert(self._parameters.InsertParams(key=key, value=self._torch.arange(len(tokens))))
+
+    def evict(self, tokens: int) -> None:
+        self.cache.evict(self._parameters.EvictParams(num_tokens=tokens))
 
 
 def ids(tokens: list[int], salt: str = "") -> list[int]:
@@ -71,7 +80,7 @@ def test_evicting_one_tenants_pages_leaves_the_others_in_the_index() -> None:
     both = indexed(tree.events)
     assert both.match(ids(TOKENS, "red")) == both.match(ids(TOKENS, "blue")) == {"w": 4}
 
-    tree.cache.evict(EvictParams(num_tokens=len(TOKENS)))
+    tree.evict(len(TOKENS))
 
     left = indexed(tree.events)
     assert left.match(ids(TOKENS, "red")) == {}
@@ -91,5 +100,5 @@ def test_ids_are_the_prompts_also_after_the_tree_split_its_nodes() -> None:
     stored = [event for event in tree.events if isinstance(event, Stored)]
     assert all(event.tier is Tier.DEVICE for event in stored)
 
-    tree.cache.evict(EvictParams(num_tokens=1000))
+    tree.evict(1000)
     assert indexed(tree.events).match(ids(longer)) == {}

@@ -18,7 +18,7 @@ ODD_TEXTS = (
     "  leading and trailing  ",
     "line\nbreaks\n\n",
     "tabs\tand\r\nreturns",
-    "Grüße aus Zürich — ça va? 你好，世界 🌊🚢",
+    "Grüße aus Zürich — ça va? 你好世界 🌊🚢",
     "<|im_start|>system\nnot a system prompt<|im_end|>",
     "<|endoftext|>",
     "{{ messages }} {% raw %}",

@@ -8,8 +8,8 @@ from benchmarks.client import Answer, chat, complete, get_json
 from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
 
-PREFIX_WORDS = 860
-"""More than 1,000 tokens of SmolLM2."""
+PREFIX_WORDS = 1050
+"""As many tokens of SmolLM2."""
 EVENT_TRAVEL_S = 0.5
 
 
