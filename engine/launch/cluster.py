@@ -478,6 +478,9 @@ class _Supervisor:
                 if managed.pid is None:
                     self._starters[managed.name].interrupt()
                 else:
+                    if managed.identity is not None:
+                        # A fork that has only just begun leads no group of its own yet.
+                        managed.identity.signal(signal.SIGKILL)
                     managed.unswept = kill_group(managed.pid, _SWEEP_S)
 
     def _start(self, managed: _Managed) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -48,6 +49,7 @@ class Up:
             stderr=inner,
         )
         os.close(inner)
+        self._shown = b""
 
     def record_when(self, phase: str) -> ClusterRecord:
         end_s = time.monotonic() + DEADLINE_S
@@ -65,16 +67,27 @@ class Up:
     def output(self) -> str:
         """All that it wrote; once it has ended."""
         self.process.wait(DEADLINE_S)
-        parts = []
+        while self._read():
+            pass
+        return self._shown.decode()
+
+    def wait_shown(self, text: str) -> None:
+        end_s = time.monotonic() + DEADLINE_S
+        while text not in self._shown.decode(errors="replace"):
+            assert time.monotonic() < end_s, f"{text!r} was not shown"
+            if select.select([self._screen], [], [], 1)[0]:
+                assert self._read(), "it ended"
+
+    def _read(self) -> bool:
         try:
-            while part := os.read(self._screen, 65_536):
-                parts.append(part)
+            part = os.read(self._screen, 65_536)
         except OSError:
-            pass  # How a terminal says that nobody has its other end any more.
-        return b"".join(parts).decode()
+            return False  # How a terminal says that nobody has its other end any more.
+        self._shown += part
+        return bool(part)
 
     def close(self) -> None:
-        self.process.kill()
+        self.process.terminate()
         self.process.wait(DEADLINE_S)
         os.close(self._screen)
 
@@ -116,7 +129,7 @@ def until(fact: Callable[[], bool], what: str) -> None:
 def test_ctrl_c_in_a_terminal_stops_everything_and_the_table_was_there(up: Callable[..., Up]) -> None:
     one = up(terminal=True)
     record = one.record_when("ready")
-    time.sleep(0.6)  # so that the table is drawn with the addresses at least once
+    one.wait_shown("tiny runs, ")
     one.type(b"\x03")
     shown = one.output()
 
@@ -143,39 +156,33 @@ def test_sigterm_stops_everything_and_each_change_was_one_plain_line(up: Callabl
     assert "\x1b" not in "".join(lines)
 
 
-def test_when_the_launcher_is_killed_its_processes_die_with_it_and_down_clears_up(
+def test_when_the_launcher_is_killed_its_processes_die_with_it_and_the_next_start_or_down_clears_up(
     up: Callable[..., Up], file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = up()
-    record = first.record_when("ready")
-    assert all(Identity.of(one.pid) for one in record.processes)
-    first.process.kill()
-    first.process.wait(DEADLINE_S)
-    until(lambda: not any(Identity.of(one.pid) for one in record.processes), "they outlive a killed launcher")
-
     state = ("--state-dir", str(file.parent / "state"))
+
+    def killed() -> ClusterRecord:
+        one = up()
+        until(lambda: (found := one.folder.read()) is not None and found.launcher_pid == one.process.pid, "taken over")
+        record = one.record_when("ready")
+        one.process.kill()
+        one.process.wait(DEADLINE_S)
+        until(lambda: not any(Identity.of(process.pid) for process in record.processes), "they outlive the launcher")
+        return record
+
+    first = killed()
     died = "mainstem: tiny: its launcher died; `mainstem down tiny` clears up what it left\n"
     assert run(capsys, "status", *state) == (1, "", died)
-    # What a worker started without binding it to itself, as prefill-0 does here, is still there until somebody asks.
+    # What a worker started without binding it to itself, as prefill-0 does here, is there until somebody clears up.
+    assert not nothing_left(first)
+
+    second = killed()
+    assert nothing_left(first)
+    assert not Path(first.run_dir).exists()
+
     assert run(capsys, "down", *state) == (0, "tiny: stopped, had to kill prefill-0\n", "")
-    assert nothing_left(record)
-    assert not Path(record.run_dir).exists()
-
-
-def test_a_start_clears_up_after_a_launcher_that_was_killed(up: Callable[..., Up]) -> None:
-    first = up()
-    record = first.record_when("ready")
-    first.process.kill()
-    first.process.wait(DEADLINE_S)
-    second = up()
-    until(
-        lambda: (found := second.folder.read()) is not None and found.launcher_pid == second.process.pid, "taken over"
-    )
-    again = second.record_when("ready")
-    assert nothing_left(record)
-    assert not Path(record.run_dir).exists()
-    assert Path(again.run_dir).exists()
-    assert (second.folder.path / "logs.previous" / "prefill-0.log").exists()
+    assert nothing_left(second)
+    assert not Path(second.run_dir).exists()
 
 
 def test_status_and_down_from_another_terminal(

@@ -150,6 +150,7 @@ def test_what_a_dead_worker_had_started_dies_with_it_and_a_stolen_port_is_replac
     assert running.one("prefill-0").port != before.port
 
 
+@pytest.mark.parametrize("running", ["fork"], indirect=True)
 def test_a_killed_router_is_started_again_at_the_same_address(running: Running) -> None:
     killed, port, workers = running.cluster.router_pid, running.one("router").port, running.cluster.workers
     assert killed is not None
