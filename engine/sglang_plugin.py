@@ -5,6 +5,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
 
     transfer backend "mainstem"   -> engine.sglang_handoff
     KV pools on a CPU             -> in memory that a peer can map
+    SIGTERM                       -> the worker ends at once, and says goodbye
     radix tree's stores, removals -> engine.page_events -> engine.outbox -> agent
     no CUDA                       -> engine.sglang_cpu
 """
@@ -38,7 +39,9 @@ def register() -> None:
     hooks = WorkerHooks()
     events = "sglang.srt.mem_cache.events.KVCacheEventMixin."
     pool = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool."
+    signals = "sglang.srt.managers.tokenizer_manager.SignalHandler."
     HookRegistry.register("sglang.srt.disaggregation.utils.get_kv_class", hooks.kv_class, HookType.AROUND)
+    HookRegistry.register(signals + "sigterm_handler", hooks.sigterm, HookType.AROUND)
     HookRegistry.register(pool + "_create_buffers_normal", hooks.create_buffers, HookType.AROUND)
     HookRegistry.register(events + "_record_store_event", hooks.stored, HookType.AROUND)
     HookRegistry.register(events + "_record_remove_event", hooks.removed, HookType.AROUND)
@@ -88,6 +91,18 @@ class WorkerHooks:
             kinds.RECEIVER: sglang_handoff.MainstemKVReceiver,
             kinds.BOOTSTRAP_SERVER: sglang_handoff.NoBootstrapServer,
         }[class_type]
+
+    def sigterm(self, original: Any, handler: Any, *arguments: Any) -> None:
+        """Ends the worker's HTTP process at once, through its `finally` clauses; its children end with it.
+
+        SGLang would look every five seconds whether it was told to stop, and then wait for requests without a bound.
+        """
+        if self._spec is None:
+            original(handler, *arguments)
+            return
+        if handler.tokenizer_manager._subprocess_watchdog is not None:
+            handler.tokenizer_manager._subprocess_watchdog.stop()
+        raise SystemExit(0)
 
     def create_buffers(self, original: Any, pool: Any) -> None:
         """K and V of every layer, in memory that a peer on this host can map, where SGLang would take private one."""

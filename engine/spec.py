@@ -63,6 +63,8 @@ SPEC_VARIABLE = "MAINSTEM_WORKER_SPEC"
 """Environment of a worker's processes: the path of its spec."""
 EPOCH_VARIABLE = "MAINSTEM_WORKER_EPOCH"
 """Environment of a worker's processes: nanoseconds since 1970 when this life of it began."""
+ZYGOTE_MODEL_VARIABLE = "MAINSTEM_ZYGOTE_MODEL"
+"""Environment of a zygote: folder of the checkpoint that all of its workers load."""
 
 
 def page_socket(spec: WorkerSpec) -> str:

@@ -44,7 +44,7 @@ from engine.launch.spawn import SpawnStarter, launch_command
 from engine.launch.state import ClusterRecord, ProcessRecord, StateFolder
 from engine.launch.supervision import OVER, Action, Limits, Process, State
 from engine.model import choose_model
-from engine.spec import WorkerSpec
+from engine.spec import ZYGOTE_MODEL_VARIABLE, WorkerSpec
 
 _STEP_S = 0.25
 """The supervisor looks at the time at least this often."""
@@ -356,7 +356,8 @@ class _Supervisor:
         workers: Starter
         if self._plan.config.forks:
             log_file = self._plan.folders.log_file(_ZYGOTE)
-            workers = ForkStarter(self._program, self._plan.config.environment, log_file, self.tell)
+            environment = {**self._plan.config.environment, ZYGOTE_MODEL_VARIABLE: self._plan.workers[0].model_path}
+            workers = ForkStarter(self._program, environment, log_file, self.tell)
         else:
             workers = SpawnStarter(worker_command, self.tell)
         router = SpawnStarter(router_command, self.tell)
