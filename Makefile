@@ -20,16 +20,16 @@ demo: $(READY)  ## the main job: model, cluster, a scripted conversation; stays 
 test: $(READY)  ## everything: lint, types, fast tests, then tests on real SGLang
 	@$(MAKE) --no-print-directory check
 	@$(BIN)/mainstem model pull smollm2
-	@$(BIN)/pytest -m "cluster and not gpu" $(ARGS)
+	@$(BIN)/pytest -v --durations=10 -m "cluster and not gpu" $(ARGS)
 
 check: $(READY)  ## lint, types and fast tests, in under two minutes
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -m "not cluster and not gpu" $(ARGS)
+	@$(BIN)/pytest -q -n 2 -m "not cluster and not gpu" $(ARGS)
 
 fast: $(READY)  ## the fast tests alone
-	@$(BIN)/pytest -m "not cluster and not gpu" $(ARGS)
+	@$(BIN)/pytest -q -n 2 -m "not cluster and not gpu" $(ARGS)
 
 format: $(READY)  ## lay the code out
 	@$(BIN)/ruff format .
@@ -57,7 +57,7 @@ $(UV):
 # The order matters: the virtual environment first, as it empties nothing that is there; the stamp last.
 $(READY): requirements.lock pyproject.toml $(UV)
 	@test -x $(BIN)/python || $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-	@echo "setup 2/3: locked dependencies (SGLang, PyTorch; 227 packages, about 9 GB, a few minutes)"
+	@echo "setup 2/3: locked dependencies (SGLang, PyTorch; about 230 packages, about 9 GB, a few minutes)"
 	@$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
 	@echo "setup 3/3: mainstem itself"
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
