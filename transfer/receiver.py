@@ -118,12 +118,19 @@ class Receiver:
         pages          indices into this worker's pool, in the order of the prompt
         aux_row        row of the auxiliary buffers
         prefix_tokens  tokens at the prompt's start that are here already; `pages` begin after them
+
+        Does nothing for a room that has failed meanwhile: its state says so. Raises ValueError for a page that is none.
         """
         pages = np.ascontiguousarray(pages, np.dtype("<i4"))
         check_range(pages, self._pool.layout.pages)
         with self._lock:
-            incoming = self._advance(room, Event.GRANTED)
-            if incoming.state in TERMINAL:
+            incoming = self._rooms.get(room)
+            if incoming is None or incoming.state in TERMINAL:
+                return
+            try:
+                self._advance(room, Event.GRANTED)
+            except IllegalEvent as error:
+                self._fail(room, incoming, str(error))
                 return
             incoming.pages, incoming.aux_row = pages, aux_row
             incoming.deadline_s = self._clock() + self._deadlines.handoff_s

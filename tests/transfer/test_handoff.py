@@ -229,6 +229,16 @@ def test_a_room_that_prefill_gave_up_answers_a_late_grant_at_once(pair: Pair) ->
     assert "request aborted" in pair.receiver.reason(7)
 
 
+def test_a_grant_that_comes_twice_or_too_late_fails_its_room_and_raises_nothing(pair: Pair) -> None:
+    pair.begin(7, [40])
+    pair.receiver.grant(7, pages(41), 1, 0)
+    pair.receiver.grant(8, pages(41), 1, 0)
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
+    assert "wanted an event that fits GRANTED, found GRANTED" in pair.receiver.reason(7)
+    assert pair.receiver.state(8) is ReceiverState.FAILED
+
+
 def test_a_grant_for_a_page_outside_decodes_own_pool_is_refused(pair: Pair) -> None:
     pair.open(7)
     with pytest.raises(ValueError, match="wanted indices from 0 to 63"):
