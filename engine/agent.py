@@ -52,6 +52,15 @@ class EngineFacts(msgspec.Struct, frozen=True):
     kv_cache_dtype: str = "auto"
 
 
+class EngineLoad(msgspec.Struct, frozen=True):
+    """One rank's part of `/v1/loads`."""
+
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    num_used_tokens: int = 0
+    num_waiting_uncached_tokens: int | None = 0
+
+
 class Agent:
     """Starts with `start`, tells routers that the worker is ready after `engine_ready`, says goodbye in `close`."""
 
@@ -63,6 +72,7 @@ class Agent:
         self._load = wire.Load()
         self._said: dict[str, bool] = {}
         self._courier: Courier | None = None
+        self._renewing: asyncio.Task[None] | None = None
         self._ready = False
 
     def start(self) -> None:
@@ -101,18 +111,22 @@ class Agent:
             opened.pop_all()
         self._courier.spawn(self._publish(pages, publisher))
         self._courier.spawn(self._replay(replay))
-        self._courier.spawn(self._renew())
+        self._renewing = self._courier.spawn(self._renew())
 
     async def _publish(self, pages: zmq.asyncio.Socket, publisher: zmq.asyncio.Socket) -> None:
         with pages, publisher:
             while True:
-                batch = self._journal.apply(decode_events(await pages.recv()))
-                await publisher.send(wire.encode(batch))
+                try:
+                    events = decode_events(await pages.recv())
+                except msgspec.MsgspecError as error:
+                    log.warning("page events refused: %s", error)
+                    continue
+                await publisher.send(wire.encode(self._journal.apply(events)))
 
     async def _replay(self, replay: zmq.asyncio.Socket) -> None:
         with replay:
             while True:
-                router, body = await replay.recv_multipart()
+                router, *_, body = await replay.recv_multipart()
                 try:
                     request = wire.decode_page_request(body)
                 except msgspec.MsgspecError as error:
@@ -135,15 +149,16 @@ class Agent:
         try:
             if self._facts is None:
                 self._facts = msgspec.convert(await self._ask(session, "/server_info"), EngineFacts, strict=False)
-            loads = (await self._ask(session, "/v1/loads?include=core"))["loads"]
-        except (aiohttp.ClientError, TimeoutError, msgspec.ValidationError, KeyError) as error:
-            log.warning("engine did not answer: %s", error or "no answer in time")
+            answer = await self._ask(session, "/v1/loads?include=core")
+            loads = msgspec.convert(answer["loads"], list[EngineLoad], strict=False)
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            log.warning("engine did not answer: %s", str(error) or "no answer in time")
             return
         self._load = wire.Load(
-            running_requests=sum(load["num_running_reqs"] for load in loads),
-            waiting_requests=sum(load["num_waiting_reqs"] for load in loads),
-            waiting_uncached_tokens=sum(load.get("num_waiting_uncached_tokens") or 0 for load in loads),
-            used_tokens=sum(load["num_used_tokens"] for load in loads),
+            running_requests=sum(load.num_running_reqs for load in loads),
+            waiting_requests=sum(load.num_waiting_reqs for load in loads),
+            waiting_uncached_tokens=sum(load.num_waiting_uncached_tokens or 0 for load in loads),
+            used_tokens=sum(load.num_used_tokens for load in loads),
         )
 
     async def _ask(self, session: aiohttp.ClientSession, path: str) -> Any:
@@ -170,6 +185,10 @@ class Agent:
                 log.warning("not registered router=%s reason=%s", router, problem)
 
     async def _say_goodbye(self) -> None:
+        if self._renewing is not None:
+            # A renewal that came after the goodbye would bring the worker back for a whole lease.
+            self._renewing.cancel()
+            await asyncio.wait({self._renewing})
         async with self._session() as session:
             await asyncio.gather(*(self._register(session, router, True) for router in self._spec.routers))
 
@@ -218,5 +237,4 @@ def _kv_dtype(facts: EngineFacts) -> str:
 
 def _max_context(facts: EngineFacts) -> int:
     """Tokens that prompt and answer may have together."""
-    limits = [limit for limit in (facts.context_length, facts.max_total_num_tokens) if limit]
-    return min(limits)
+    return min(facts.context_length or facts.max_total_num_tokens, facts.max_total_num_tokens)

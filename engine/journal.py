@@ -23,14 +23,14 @@ class Journal:
     """One life of one worker's cache.
 
     worker, epoch  who it is
-    held           page id -> (parent id, depth, tier); parents were stored before their children
+    held           page id -> (parent id, depth, tiers as bits); a page is held while it lies in any tier
     """
 
     def __init__(self, worker: str, epoch: int) -> None:
         self.worker = worker
         self.epoch = epoch
         self.sequence = 0
-        self.held: dict[int, tuple[int, int, Tier]] = {}
+        self.held: dict[int, tuple[int, int, int]] = {}
         self._recent: deque[Batch] = deque(maxlen=REMEMBERED_BATCHES)
 
     def apply(self, events: list[PageEvent]) -> Batch:
@@ -54,13 +54,15 @@ class Journal:
         match event:
             case Stored(parent, depth, ids, tier):
                 for offset, page in enumerate(ids):
-                    # Inserted anew, not updated in place: the order of `held` keeps parents before children.
-                    self.held.pop(page, None)
-                    self.held[page] = (parent, depth + offset, tier)
+                    tiers = self.held[page][2] if page in self.held else 0
+                    self.held[page] = (parent, depth + offset, tiers | 1 << tier)
                     parent = page
-            case Removed(ids):
+            case Removed(ids, tier):
                 for page in ids:
-                    self.held.pop(page, None)
+                    if page in self.held:
+                        parent, depth, tiers = self.held.pop(page)
+                        if tiers & ~(1 << tier):
+                            self.held[page] = (parent, depth, tiers & ~(1 << tier))
             case Cleared():
                 self.held.clear()
 
@@ -82,15 +84,18 @@ class Journal:
             yield Snapshot(self.worker, self.epoch, index, part)
 
 
-def _runs(held: dict[int, tuple[int, int, Tier]]) -> Iterator[Stored]:
-    """The pages in order of depth, neighbours of one chain joined where they follow each other."""
-    run: Stored | None = None
-    for page, (parent, depth, tier) in sorted(held.items(), key=lambda item: item[1][1]):
-        if run is not None and run.ids[-1] == parent and run.tier == tier and len(run.ids) < SNAPSHOT_PART_PAGES:
-            run.ids.append(page)
-            continue
+def _runs(held: dict[int, tuple[int, int, int]]) -> Iterator[Stored]:
+    """The pages in order of depth, tier by tier, neighbours of one chain joined where they follow each other."""
+    for tier in Tier:
+        run: Stored | None = None
+        for page, (parent, depth, tiers) in sorted(held.items(), key=lambda item: item[1][1]):
+            if not tiers & 1 << tier:
+                continue
+            if run is not None and run.ids[-1] == parent and len(run.ids) < SNAPSHOT_PART_PAGES:
+                run.ids.append(page)
+                continue
+            if run is not None:
+                yield run
+            run = Stored(parent, depth, [page], tier)
         if run is not None:
             yield run
-        run = Stored(parent, depth, [page], tier)
-    if run is not None:
-        yield run

@@ -79,14 +79,22 @@ class PageEvents:
         self._publish(Cleared())
 
     def _ids(self, node: Any, page_tokens: int) -> list[int]:
-        pages = len(node.key) // page_tokens
-        known: list[int] | None = getattr(node, "mainstem_ids", None)
-        if known is None or len(known) < pages:
-            known = chain_ids(self._parent(node, page_tokens)[0], node.key.raw_token_ids(), page_tokens)
-        elif len(known) > pages:
-            known = known[len(known) - pages :]
-        node.mainstem_ids = known
-        return known
+        """The node's ids; where they are not known, those of its ancestors are made first, from the top."""
+        unnamed = []
+        while _holds_tokens(node) and len(_known(node)) < len(node.key) // page_tokens:
+            unnamed.append(node)
+            node = node.parent
+        last = self._last(node, page_tokens, unnamed[-1] if unnamed else None)
+        for below in reversed(unnamed):
+            below.mainstem_ids = chain_ids(last, below.key.raw_token_ids(), page_tokens)
+            last = below.mainstem_ids[-1]
+        return _known(unnamed[0]) if unnamed else _trimmed(node, page_tokens)
+
+    def _last(self, node: Any, page_tokens: int, below: Any) -> int:
+        """The id that the page after this node has as its parent."""
+        if _holds_tokens(node):
+            return _trimmed(node, page_tokens)[-1]
+        return self._root(below.key.extra_key)
 
     def _parent(self, node: Any, page_tokens: int) -> tuple[int, int]:
         """The id before the node's first page, and the number of pages before it."""
@@ -101,8 +109,22 @@ class PageEvents:
     def _root(self, extra_key: str | None) -> int:
         salt = extra_key or ""
         if salt not in self._roots:
-            self._roots[salt] = root_id(namespace(self._model, self._revision, salt))
+            # No router asks for a salt with NUL in it, but an engine may be sent one.
+            self._roots[salt] = root_id(namespace(self._model, self._revision) + salt)
         return self._roots[salt]
+
+
+def _known(node: Any) -> list[int]:
+    ids: list[int] = getattr(node, "mainstem_ids", None) or []
+    return ids
+
+
+def _trimmed(node: Any, page_tokens: int) -> list[int]:
+    """The ids of a node that the tree may have split: it kept the back part."""
+    ids = _known(node)
+    node.mainstem_ids = ids[len(ids) - len(node.key) // page_tokens :]
+    kept: list[int] = node.mainstem_ids
+    return kept
 
 
 def _holds_tokens(node: Any) -> bool:

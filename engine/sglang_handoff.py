@@ -39,7 +39,8 @@ from transfer.session import ReceiverState, SenderState
 log = logging.getLogger(__name__)
 
 SENDER_POLL = {
-    SenderState.ABSENT: KVPoll.Bootstrapping,
+    # Every sender is offered when it is made, so its room was forgotten.
+    SenderState.ABSENT: KVPoll.Failed,
     SenderState.OFFERED: KVPoll.Bootstrapping,
     SenderState.RESERVED: KVPoll.Bootstrapping,
     SenderState.GRANTED: KVPoll.WaitingForInput,
@@ -58,6 +59,9 @@ RECEIVER_POLL = {
     ReceiverState.DONE: KVPoll.Success,
     ReceiverState.FAILED: KVPoll.Failed,
 }
+
+
+ROOM_TAKEN = "bootstrap_room: wanted one of its own for each request, found {} in use"
 
 
 class HandoffFailed(Exception):
@@ -126,6 +130,10 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
     def register_to_bootstrap(self) -> None:
         """Nobody to register with: the router tells decode where prefill listens."""
 
+    def submit_prefill_recompute(self, kv_receiver: MainstemKVReceiver, payload: Any) -> None:
+        """SGLang would have prefill compute a retracted request again, over HTTP. Here it fails, and may be sent anew."""
+        kv_receiver.abort()
+
     def aux_row(self, index: int) -> list[bytes]:
         """A copy of a request's row of each auxiliary buffer."""
         return [bytes(view) for view in self._aux.views([(index, 1)])]
@@ -150,7 +158,8 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
         self._pages = 0
         self._sent_pages = 0
         self._aux_index = 0
-        self._sender.offer(bootstrap_room)
+        self._mine = self._sender.offer(bootstrap_room)
+        """False where another request has the room: then this one fails, and touches nothing of the other's."""
 
     def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
         assert aux_index is not None, "SGLang gives every request a metadata row"
@@ -164,24 +173,28 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
 
     def send(self, kv_indices: npt.NDArray[np.int32], state_indices: list[Any] | None = None, **_later: Any) -> None:
         """Queues these pages. The last chunk is not marked by SGLang: it is the one that makes the count whole."""
+        if not self._mine:
+            return
         self._sent_pages += len(kv_indices)
         last = self._sent_pages == self._pages
         self._sender.send(self._room, kv_indices, self._manager.aux_row(self._aux_index) if last else None)
 
     def poll(self) -> int:
-        return int(SENDER_POLL[self._sender.state(self._room)])
+        return int(SENDER_POLL[self._sender.state(self._room)] if self._mine else KVPoll.Failed)
 
     def get_transfer_metric(self) -> KVTransferMetric:
         return KVTransferMetric(transfer_total_bytes=self._sender.sent_bytes(self._room))
 
     def failure_exception(self) -> None:
-        raise HandoffFailed(self._sender.reason(self._room) or "hand-off failed")
+        raise HandoffFailed(self._sender.reason(self._room) if self._mine else ROOM_TAKEN.format(self._room))
 
     def clear(self) -> None:
-        self._sender.forget(self._room)
+        if self._mine:
+            self._sender.forget(self._room)
 
     def abort(self) -> None:
-        self._sender.fail(self._room, "request aborted")
+        if self._mine:
+            self._sender.fail(self._room, "request aborted")
 
 
 class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]
@@ -195,11 +208,15 @@ class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]
         self._receiver = mgr.receiver
         self._room = bootstrap_room
         self._address = bootstrap_addr
+        self._mine = True
+        """False where another request has the room: then this one fails, and touches nothing of the other's."""
         self.conclude_state: int | None = None
 
     def init(self, prefill_dp_rank: int) -> None:
         host, _, port = self._address.rpartition(":")
-        self._receiver.open(self._room, host.strip("[]"), int(port))
+        self._mine = self._receiver.open(self._room, host.strip("[]"), int(port))
+        if not self._mine:
+            self.conclude_state = KVPoll.Failed
 
     def send_metadata(
         self,
@@ -209,18 +226,22 @@ class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]
         decode_prefix_len: int | None = None,
     ) -> None:
         assert aux_index is not None, "SGLang gives every request a metadata row"
-        self._receiver.grant(self._room, kv_indices, aux_index, decode_prefix_len or 0)
+        if self._mine:
+            self._receiver.grant(self._room, kv_indices, aux_index, decode_prefix_len or 0)
 
     def poll(self) -> int:
-        return int(RECEIVER_POLL[self._receiver.state(self._room)])
+        return int(RECEIVER_POLL[self._receiver.state(self._room)] if self._mine else KVPoll.Failed)
 
     def failure_exception(self) -> None:
-        raise HandoffFailed(self._receiver.reason(self._room) or "hand-off failed")
+        raise HandoffFailed(self._receiver.reason(self._room) if self._mine else ROOM_TAKEN.format(self._room))
 
     def clear(self) -> None:
-        self._receiver.forget(self._room)
+        if self._mine:
+            self._receiver.forget(self._room)
 
     def abort(self) -> None:
+        if not self._mine:
+            return
         self._receiver.fail(self._room, "request aborted")
         if self._receiver.state(self._room) is ReceiverState.FAILED:
             # SGLang's queue of requests that wait for pages polls again only where it sees this.

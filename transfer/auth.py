@@ -77,7 +77,7 @@ class ClusterKey:
         """Raises BadSignature unless `sign` made it for this body within SIGNATURE_LIFETIME_S."""
         stamp, _, given = (signature or "").partition(":")
         wanted = self.mac("http", stamp.encode(), body).hex()
-        if not hmac.compare_digest(wanted, given):
+        if not hmac.compare_digest(wanted.encode(), given.encode(errors="replace")):
             raise BadSignature("signature: wanted one made with this cluster's key, found another or none")
         if abs(now_s - float(stamp)) > SIGNATURE_LIFETIME_S:
             raise BadSignature(f"signature: wanted one of the last {SIGNATURE_LIFETIME_S:.0f} s, check the clocks")

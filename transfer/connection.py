@@ -25,26 +25,28 @@ class PeerLost(Exception):
 class Connection:
     """One peer's socket. One task reads; several may send, each frame stays whole."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, stall_s: float) -> None:
+        """stall_s: a peer that sends nothing, or takes nothing, for so long is lost"""
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
+        self._stall_s = stall_s
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
 
     @classmethod
-    async def connect(cls, host: str, port: int, timeout_s: float) -> Connection:
-        """Raises PeerLost with the address and the reason."""
+    async def connect(cls, host: str, port: int, timeout_s: float, stall_s: float) -> Connection:
+        """Raises PeerLost with the address and the reason, also for an address that is none."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.get_running_loop().sock_connect(sock, (host, port))
-        except (OSError, TimeoutError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             sock.close()
-            raise PeerLost(f"{host}:{port}: {error or f'no answer within {timeout_s:g} s'}") from error
-        return cls(sock)
+            raise PeerLost(f"{host}:{port}: {str(error) or f'no answer within {timeout_s:g} s'}") from error
+        return cls(sock, stall_s)
 
     async def send(self, message: handoff.Message, payload: Sequence[memoryview] = ()) -> None:
         """One frame. Raises PeerLost."""
@@ -101,9 +103,10 @@ class Connection:
         view = memoryview(data)
         while view.nbytes:
             try:
-                received = await self._loop.sock_recv_into(self._socket, view)
+                async with asyncio.timeout(self._stall_s):
+                    received = await self._loop.sock_recv_into(self._socket, view)
             except OSError as error:
-                raise PeerLost(str(error)) from error
+                raise PeerLost(str(error) or self._silence) from error
             if received == 0:
                 raise PeerLost("connection closed")
             view = view[received:]
@@ -128,9 +131,16 @@ class Connection:
             raise PeerLost("connection closed")
         add(descriptor, _settle, ready)
         try:
-            await ready
+            async with asyncio.timeout(self._stall_s):
+                await ready
+        except TimeoutError as error:
+            raise PeerLost(self._silence) from error
         finally:
             remove(descriptor)
+
+    @property
+    def _silence(self) -> str:
+        return f"silent for {self._stall_s:g} s"
 
 
 def _settle(ready: asyncio.Future[None]) -> None:

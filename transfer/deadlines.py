@@ -14,10 +14,12 @@ class Deadlines:
     ping_s: float = 1.0
     """Between two signs of life on an idle connection."""
     silence_s: float = 10.0
-    """A peer that says nothing for so long is lost."""
+    """A peer that says nothing for so long, or takes nothing, is lost; also in the middle of a chunk."""
+    queue_s: float = 300.0
+    """A request that prefill has, and for which decode has found no pages after so long, fails."""
     handoff_s: float = 60.0
     """From the grant of the pages to the last of them; it spans the prefill worker's queue and its compute."""
     fence_s: float = 10.0
     """From a failure to the peer's word that it writes no more; then the connection is cut instead."""
     memory_s: float = 120.0
-    """How long a room that has ended is remembered, so that its late messages find their answer."""
+    """How long a room is remembered after both it and its request have ended: late messages find their answer."""

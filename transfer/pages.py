@@ -33,8 +33,8 @@ def namespace(model: str, revision: str = "", salt: str = "") -> str:
 
 
 def root_id(namespace: str) -> int:
-    """The id that the first page of every prompt in this namespace has as its parent."""
-    return xxhash.xxh3_64_intdigest(namespace.encode())
+    """The id that the first page of every prompt in this namespace has as its parent. Takes any text there is."""
+    return xxhash.xxh3_64_intdigest(namespace.encode(errors="surrogatepass"))
 
 
 def chain_ids(parent: int, tokens: Sequence[int], page_tokens: int) -> list[int]:

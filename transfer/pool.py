@@ -133,17 +133,21 @@ class Pool:
         """A peer's pool, mapped here. Raises NotShared, with the reason, where it cannot be reached."""
         try:
             descriptor = os.open(address.path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise NotShared(f"{address.path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise NotShared(f"{address.path}: {error}") from error
         try:
             if os.fstat(descriptor).st_size != address.size_bytes:
                 raise NotShared(f"{address.path}: wanted {address.size_bytes} bytes, found another size")
             if os.pread(descriptor, TOKEN_BYTES, 0) != address.token:
                 raise NotShared(f"{address.path}: not the peer's memory")
             memory = mmap.mmap(descriptor, address.size_bytes)
+        except (OSError, ValueError) as error:
+            raise NotShared(f"{address.path}: {error}") from error
         finally:
             os.close(descriptor)
         whole = np.frombuffer(memory, np.uint8)
+        if len(address.offsets) != len(layout.page_bytes):
+            raise NotShared(f"offsets: wanted {len(layout.page_bytes)}, found {len(address.offsets)}")
         buffers = []
         for offset, page_bytes in zip(address.offsets, layout.page_bytes, strict=True):
             end = offset + layout.pages * page_bytes

@@ -51,7 +51,8 @@ class _Incoming:
         self.reason = ""
         self.began_s = now_s
         self.deadline_s: float | None = None
-        self.ended_s: float | None = None
+        self.released = False
+        """Whether the scheduler is done with it."""
 
 
 class _Peer:
@@ -102,15 +103,14 @@ class Receiver:
 
     # What the scheduler's thread calls.
 
-    def open(self, room: int, host: str, port: int) -> None:
-        """A request will get its pages from the prefill worker at this address."""
+    def open(self, room: int, host: str, port: int) -> bool:
+        """A request will get its pages from the prefill worker at this address. False: another request has the room."""
         with self._lock:
-            known = self._rooms.get(room)
-            if known is not None and known.state not in TERMINAL:
-                self._fail(room, known, f"room: wanted one of its own for each request, found {room} twice")
-                return
+            if room in self._rooms:
+                return False
             self._rooms[room] = _Incoming((host, port), self._clock())
         self._courier.call(self._attach, room)
+        return True
 
     def grant(self, room: int, pages: Pages, aux_row: int, prefix_tokens: int) -> None:
         """The request's pages shall land here.
@@ -145,13 +145,16 @@ class Receiver:
                 self._fail(room, incoming, reason)
 
     def forget(self, room: int) -> None:
-        """The scheduler is done with the room."""
+        """The scheduler is done with the room: it is gone as soon as no write can land in it."""
         with self._lock:
             incoming = self._rooms.get(room)
-            if incoming is not None and incoming.state in TERMINAL:
-                del self._rooms[room]
+            if incoming is None:
                 return
-        self.fail(room, "decode gave the request up")
+            incoming.released = True
+            if incoming.state in TERMINAL:
+                del self._rooms[room]
+            else:
+                self._fail(room, incoming, "decode gave the request up")
 
     def state(self, room: int) -> ReceiverState:
         """FAILED for a room that is not known (any more)."""
@@ -170,8 +173,6 @@ class Receiver:
     def _advance(self, room: int, event: Event) -> _Incoming:
         incoming = self._rooms[room]
         incoming.state = next_receiver(incoming.state, event)
-        if incoming.state in TERMINAL and incoming.ended_s is None:
-            incoming.ended_s = self._clock()
         return incoming
 
     def _fail(self, room: int, incoming: _Incoming, reason: str) -> None:
@@ -189,9 +190,10 @@ class Receiver:
             incoming = self._rooms.get(room)
             if incoming is None or incoming.state is not ReceiverState.CONNECTING:
                 return
+            incoming.deadline_s = incoming.began_s + 2 * self._deadlines.connect_s
             peer = self._peers.get(incoming.address)
             if peer is not None:
-                incoming.peer = peer
+                incoming.peer, incoming.deadline_s = peer, None
                 self._advance(room, Event.CONNECTED)
                 return
             address = incoming.address
@@ -200,16 +202,22 @@ class Receiver:
             self._courier.spawn(self._follow(address))
 
     async def _follow(self, address: Address) -> None:
-        """One connection's life, from the first attempt to its end."""
+        """One connection's life, from the first attempt to its end, whatever ends it."""
+        reason = "this side failed"
         try:
             peer = await self._connect(address)
+            reason = ""
         except (PeerLost, TimeoutError) as error:
-            self._connecting.discard(address)
             reason = str(error) or f"no handshake within {self._deadlines.connect_s:g} s"
             log.warning("prefill worker not reached address=%s:%d reason=%s", *address, reason)
-            self._lose(address, f"cannot reach the prefill worker at {address[0]}:{address[1]}: {reason}")
             return
-        self._connecting.discard(address)
+        finally:
+            self._connecting.discard(address)
+            if reason:
+                self._lose(address, f"cannot reach the prefill worker at {address[0]}:{address[1]}: {reason}")
+        await self._stay(address, peer)
+
+    async def _stay(self, address: Address, peer: _Peer) -> None:
         with self._lock:
             self._peers[address] = peer
             waiting = [room for room, incoming in self._rooms.items() if incoming.address == address]
@@ -217,22 +225,24 @@ class Receiver:
         for room in waiting:
             self._attach(room)
         writer = self._courier.spawn(self._write(peer))
+        reason = "this side failed"
         try:
             await self._read(peer)
-        except (PeerLost, TimeoutError) as error:
-            reason = str(error) or f"silent for {self._deadlines.silence_s:g} s"
+        except PeerLost as error:
+            reason = str(error)
+        finally:
             log.warning("prefill worker lost worker=%s epoch=%d reason=%s", peer.name, peer.epoch, reason)
             with self._lock:
                 del self._peers[address]
             self._lose(address, f"lost prefill worker {peer.name}: {reason}")
-        finally:
             writer.cancel()
             peer.connection.close()
 
     async def _connect(self, address: Address) -> _Peer:
-        connection = await Connection.connect(*address, self._deadlines.connect_s)
+        deadlines = self._deadlines
+        connection = await Connection.connect(*address, deadlines.connect_s, deadlines.silence_s)
         try:
-            async with asyncio.timeout(self._deadlines.connect_s):
+            async with asyncio.timeout(deadlines.connect_s):
                 return await self._handshake(connection)
         except (PeerLost, TimeoutError):
             connection.close()
@@ -272,18 +282,18 @@ class Receiver:
                         message = await peer.outbox.get()
                 except TimeoutError:
                     message = handoff.Ping()
-                async with asyncio.timeout(self._deadlines.silence_s):
-                    await peer.connection.send(message)
-        except (PeerLost, TimeoutError):
+                await peer.connection.send(message)
+        except PeerLost as error:
+            log.info("write failed worker=%s reason=%s", peer.name, error)
+        finally:
+            # Whatever ended it: a connection on which nobody writes is none.
             peer.connection.cut()
 
     async def _read(self, peer: _Peer) -> None:
         while True:
-            async with asyncio.timeout(self._deadlines.silence_s):
-                message, payload_bytes = await peer.connection.receive()
+            message, payload_bytes = await peer.connection.receive()
             try:
-                async with asyncio.timeout(self._deadlines.handoff_s):
-                    await self._take(peer, message, payload_bytes)
+                await self._take(peer, message, payload_bytes)
             except (IllegalEvent, ValueError) as error:
                 raise PeerLost(str(error)) from error
 
@@ -370,8 +380,8 @@ class Receiver:
             now_s = self._clock()
             with self._lock:
                 for room, incoming in list(self._rooms.items()):
-                    if incoming.ended_s is not None:
-                        if now_s - incoming.ended_s > self._deadlines.memory_s:
+                    if incoming.state in TERMINAL:
+                        if incoming.released:
                             del self._rooms[room]
                     elif incoming.deadline_s is not None and now_s > incoming.deadline_s:
                         self._overdue(room, incoming, now_s)

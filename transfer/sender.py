@@ -36,6 +36,10 @@ from transfer.session import TERMINAL, Event, IllegalEvent, SenderState, next_se
 
 log = logging.getLogger(__name__)
 
+ACCEPT_AGAIN_S = 0.1
+MAX_STRANGERS = 64
+"""Connections that have not proved yet that they hold the cluster's key; more are closed at once."""
+
 
 @dataclass(frozen=True)
 class _Write:
@@ -55,7 +59,7 @@ class _Say:
 class _Outgoing:
     """One room, as prefill sees it. Guarded by the sender's lock."""
 
-    def __init__(self, now_s: float, deadline_s: float) -> None:
+    def __init__(self, now_s: float, queue_s: float) -> None:
         self.state = SenderState.ABSENT
         self.peer: _Peer | None = None
         self.pages: Pages = np.empty(0, np.int32)
@@ -63,9 +67,11 @@ class _Outgoing:
         self.queued_pages = 0
         self.sent_bytes = 0
         self.reason = ""
-        self.deadline_s = now_s + deadline_s
+        self.deadline_s = now_s + queue_s
         self.began_s = now_s
         self.ended_s: float | None = None
+        self.released = True
+        """Whether nobody on this side asks for it (any more): only then may it be forgotten."""
 
 
 class _Peer:
@@ -104,6 +110,7 @@ class Sender:
         self._clock = clock
         self._lock = threading.Lock()
         self._rooms: dict[int, _Outgoing] = {}
+        self._strangers = 0
         self._courier = Courier(f"handoff-sender-{worker}")
 
     def listen(self, host: str, port: int) -> int:
@@ -121,13 +128,19 @@ class Sender:
 
     # What the scheduler's thread calls.
 
-    def offer(self, room: int) -> None:
-        """This worker has the request of this room."""
+    def offer(self, room: int) -> bool:
+        """This worker has the request of this room. False: another request has it, or had it just now.
+
+        A room that decode gave up before it was offered is accepted, and has failed.
+        """
         with self._lock:
-            try:
-                self._advance(room, Event.OFFERED)
-            except IllegalEvent:
-                self._fail(room, self._rooms[room], f"room: wanted one of its own for each request, found {room} twice")
+            outgoing = self._rooms.get(room)
+            if outgoing is not None and not outgoing.released:
+                return False
+            if outgoing is not None and outgoing.state is SenderState.DONE:
+                return False
+            self._advance(room, Event.OFFERED).released = False
+            return True
 
     def send(self, room: int, pages: Pages, aux: list[bytes] | None = None) -> None:
         """Queues these pages of the pool, next in the prompt's order; `aux` makes it the last chunk.
@@ -158,7 +171,14 @@ class Sender:
 
     def forget(self, room: int) -> None:
         """The scheduler is done with the room. A live one fails; an ended one is remembered for late messages."""
-        self.fail(room, "prefill gave the request up")
+        with self._lock:
+            outgoing = self._rooms.get(room)
+            if outgoing is None:
+                return
+            if outgoing.state not in TERMINAL:
+                self._fail(room, outgoing, "prefill gave the request up")
+            outgoing.released = True
+            outgoing.ended_s = self._clock()
 
     def state(self, room: int) -> SenderState:
         with self._lock:
@@ -186,7 +206,7 @@ class Sender:
     def _advance(self, room: int, event: Event) -> _Outgoing:
         outgoing = self._rooms.get(room)
         if outgoing is None:
-            outgoing = self._rooms[room] = _Outgoing(self._clock(), self._deadlines.handoff_s)
+            outgoing = self._rooms[room] = _Outgoing(self._clock(), self._deadlines.queue_s)
         outgoing.state = next_sender(outgoing.state, event)
         if outgoing.state in TERMINAL and outgoing.ended_s is None:
             outgoing.ended_s = self._clock()
@@ -204,13 +224,23 @@ class Sender:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                sock, _address = await loop.sock_accept(listener)
+                try:
+                    sock, _address = await loop.sock_accept(listener)
+                except OSError as error:
+                    # Out of descriptors, or gone before it was taken: the next one may be luckier.
+                    log.warning("hand-off connection not accepted: %s", error)
+                    await asyncio.sleep(ACCEPT_AGAIN_S)
+                    continue
+                if self._strangers >= MAX_STRANGERS:
+                    sock.close()
+                    continue
                 self._courier.spawn(self._serve(sock))
         finally:
             listener.close()
 
     async def _serve(self, sock: socket.socket) -> None:
-        connection = Connection(sock)
+        connection = Connection(sock, self._deadlines.silence_s)
+        self._strangers += 1
         try:
             async with asyncio.timeout(self._deadlines.connect_s):
                 peer = await self._handshake(connection)
@@ -218,15 +248,18 @@ class Sender:
             log.warning("hand-off connection refused: %s", error or "no handshake in time")
             connection.close()
             return
+        finally:
+            self._strangers -= 1
         log.info("decode worker connected worker=%s epoch=%d shm=%s", peer.name, peer.epoch, peer.mapped is not None)
         writer = self._courier.spawn(self._write(peer))
+        reason = "this side failed"
         try:
             await self._read(peer)
-        except (PeerLost, TimeoutError) as error:
-            reason = str(error) or f"silent for {self._deadlines.silence_s:g} s"
+        except PeerLost as error:
+            reason = str(error)
+        finally:
             log.info("decode worker lost worker=%s epoch=%d reason=%s", peer.name, peer.epoch, reason)
             self._lose(peer, f"lost decode worker {peer.name}: {reason}")
-        finally:
             writer.cancel()
             connection.close()
 
@@ -273,8 +306,7 @@ class Sender:
 
     async def _read(self, peer: _Peer) -> None:
         while True:
-            async with asyncio.timeout(self._deadlines.silence_s):
-                message, payload_bytes = await peer.connection.receive()
+            message, payload_bytes = await peer.connection.receive()
             if payload_bytes:
                 raise PeerLost(f"payload: wanted none with {type(message).__name__}, found {payload_bytes} bytes")
             try:
@@ -327,13 +359,14 @@ class Sender:
                         job = await peer.jobs.get()
                 except TimeoutError:
                     job = _Say(handoff.Ping())
-                async with asyncio.timeout(self._deadlines.handoff_s):
-                    if isinstance(job, _Say):
-                        await peer.connection.send(job.message)
-                    else:
-                        await self._write_chunk(peer, job)
-        except (PeerLost, TimeoutError) as error:
-            log.info("write failed worker=%s reason=%s", peer.name, error or "no progress in time")
+                if isinstance(job, _Say):
+                    await peer.connection.send(job.message)
+                else:
+                    await self._write_chunk(peer, job)
+        except PeerLost as error:
+            log.info("write failed worker=%s reason=%s", peer.name, error)
+        finally:
+            # Whatever ended it: a connection on which nobody writes is none.
             peer.connection.cut()
 
     async def _write_chunk(self, peer: _Peer, write: _Write) -> None:
@@ -372,7 +405,7 @@ class Sender:
             with self._lock:
                 for room, outgoing in list(self._rooms.items()):
                     if outgoing.ended_s is not None:
-                        if now_s - outgoing.ended_s > self._deadlines.memory_s:
+                        if outgoing.released and now_s - outgoing.ended_s > self._deadlines.memory_s:
                             del self._rooms[room]
                     elif now_s > outgoing.deadline_s:
                         waited = f"{now_s - outgoing.began_s:.1f} s"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.journal import REMEMBERED_BATCHES, Journal
-from transfer.wire import Batch, CaughtUp, Cleared, PageEvent, PageMessage, PageRequest, Removed, Snapshot, Stored
+from transfer.wire import Batch, CaughtUp, Cleared, PageEvent, PageMessage, PageRequest, Removed, Snapshot, Stored, Tier
 
 Chain = tuple[int, ...]
 
@@ -125,3 +125,12 @@ def test_batches_are_numbered_from_one() -> None:
     journal = Journal("w", 5)
 
     assert [journal.apply([Cleared()]).sequence for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_page_is_held_while_it_lies_in_any_tier() -> None:
+    journal = Journal("w", 5)
+    journal.apply([Stored(0, 0, [1]), Stored(0, 0, [1], Tier.HOST), Removed([1], Tier.DEVICE)])
+
+    assert next(journal.answer(PageRequest(0, 0))) == Snapshot("w", 5, 0, [Stored(0, 0, [1], Tier.HOST)])
+    journal.apply([Removed([1], Tier.HOST)])
+    assert journal.held == {}

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,3 +114,24 @@ def test_a_draft_models_tree_is_no_prefix_of_a_prompt() -> None:
     events.stored(Node(Key([1, 2, 3], None, is_bigram=True), Node(ROOT_KEY)), PAGE, None)
 
     assert published == []
+
+
+def test_a_tree_that_was_split_a_thousand_times_is_named_without_recursion() -> None:
+    events, published = recorder()
+    tokens = list(range(2 * 1200))
+    node = Node(Key(tokens), Node(ROOT_KEY))
+    for _ in range(1100):  # prompts that are ever longer beginnings of one: each splits a front part off
+        node.split(PAGE)
+    leaf = Node(Key([7, 7]), node)
+
+    events.stored(leaf, PAGE, None)
+
+    assert published == [Stored(ids(tokens)[-1], 1200, ids([*tokens, 7, 7])[-1:], Tier.DEVICE)]
+
+
+@pytest.mark.parametrize("salt", ["a\0b", "\ud800"])
+def test_a_salt_that_no_router_would_send_harms_nobody(salt: str) -> None:
+    events, published = recorder()
+    events.stored(Node(Key([1, 2], salt), Node(ROOT_KEY)), PAGE, None)
+
+    assert len(published) == 1
