@@ -1,15 +1,16 @@
 # `make demo` and `make test` set up everything they need in .venv (about 9 GB) and run; the second time they start at once.
 
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(shell command -v python3.11 python3 2>/dev/null))
 VENV := .venv
 UV := $(VENV)/setup/bin/uv
+RUN_UV := bash tools/uv.sh
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 ARGS ?=
 SHELL := /bin/bash
 
-.PHONY: demo test check fast format bench lock setup clean help
+.PHONY: demo test check fast format bench lock setup checked clean help
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -39,7 +40,7 @@ bench: $(READY)  ## every benchmark of this machine, results as JSON
 	@for name in boot ttft prediction; do $(RUN) benchmarks.$$name $(ARGS) || exit 1; done
 
 lock: $(UV)  ## renew requirements.lock from pyproject.toml
-	@$(UV) pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url --no-annotate --quiet \
+	@$(RUN_UV) pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url --no-annotate --quiet \
 		--python-version 3.11 --python-platform x86_64-manylinux_2_34 --custom-compile-command "make lock" -o requirements.lock
 
 setup: $(READY)  ## only set up
@@ -47,18 +48,20 @@ setup: $(READY)  ## only set up
 clean:  ## remove what `setup` made
 	rm -rf $(VENV) .mainstem
 
-$(UV):
-	@command -v $(PYTHON) >/dev/null || { echo "setup: wanted Python 3.11 as '$(PYTHON)', found none; set PYTHON=…" >&2; exit 2; }
-	@bash tools/check-disk.sh
+# Before anything is fetched, and again after a setup that did not come to its end.
+checked:
+	@test -e $(READY) || { bash tools/check-machine.sh "$(PYTHON)" && bash tools/check-disk.sh; }
+
+$(UV): | checked
 	@echo "setup 1/3: uv"
-	@$(PYTHON) -m venv $(VENV)/setup
-	@$(VENV)/setup/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r tools/uv.lock
+	@"$(PYTHON)" -m venv $(VENV)/setup
+	@PIP_USER=0 $(VENV)/setup/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r tools/uv.lock
 
 # The order matters: the virtual environment first, as it empties nothing that is there; the stamp last.
 $(READY): requirements.lock pyproject.toml $(UV)
-	@test -x $(BIN)/python || $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+	@test -x $(BIN)/python || $(RUN_UV) venv --quiet --allow-existing --python "$$(command -v "$(PYTHON)")" $(VENV)
 	@echo "setup 2/3: locked dependencies (SGLang, PyTorch; about 230 packages, about 9 GB, a few minutes)"
-	@$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	@$(RUN_UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
 	@echo "setup 3/3: mainstem itself"
-	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@$(RUN_UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -1,33 +1,93 @@
-"""A cluster for a benchmark or the demo: brought up with progress, and gone afterwards whatever happens."""
+"""A cluster for a benchmark or the demo: brought up with progress, and gone afterwards whatever happens.
+
+`run_main` is how such a program ends: a mistake is a line on stderr, as with the command `mainstem`.
+"""
 
 from __future__ import annotations
 
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from engine.config import read_cluster
 from engine.launch.cluster import Cluster, Event
+from engine.launch.errors import BadInput, LaunchFailed
 
 LOCAL_CPU = Path(__file__).parents[1] / "configs" / "local-cpu.yaml"
 
 
-@contextmanager
-def running(config_file: Path = LOCAL_CPU, model: str | None = None) -> Iterator[Cluster]:
-    """A ready cluster. SIGTERM ends the program as Ctrl-C does, so that nothing is left running."""
+def run_main(main: Callable[[], int | None]) -> int:
+    """The exit code of a program: 1 it did not work, 2 the input was wrong, 130 interrupted; else what `main` returns.
+
+    SIGTERM ends the program as Ctrl-C does, so that nothing is left running.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return main() or 0
+    except BadInput as error:
+        _complain(*error.lines)
+        return error.exit_code
+    except LaunchFailed as error:
+        _complain(str(error))
+        return error.exit_code
+    except subprocess.CalledProcessError as error:
+        _complain(f"exit code {error.returncode} of: {' '.join(map(str, error.cmd))}")
+        return 1
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+
+
+@contextmanager
+def running(
+    config_file: Path = LOCAL_CPU, model: str | None = None, state_dir: Path | None = None
+) -> Iterator[Cluster]:
+    """A ready cluster.
+
+    state_dir  where clusters keep logs and state, as of `mainstem --state-dir`; None: a new folder, which stays only
+               after a failure
+
+    Raises BadInput and LaunchFailed.
+    """
     began_s = time.monotonic()
 
     def say(event: Event) -> None:
         print(f"  {time.monotonic() - began_s:5.1f} s  {event.name}: {event.text}", file=sys.stderr, flush=True)
 
+    config = read_cluster(config_file)
     with (
-        tempfile.TemporaryDirectory(prefix="mainstem-") as folder,
-        Cluster.start(read_cluster(config_file), Path(folder), model=model, on_event=say) as cluster,
+        _kept_on_failure() if state_dir is None else nullcontext(state_dir / config.name) as folder,
+        Cluster.start(config, folder, model=model, on_event=say) as cluster,
     ):
         cluster.wait_ready()
         yield cluster
+
+
+@contextmanager
+def _kept_on_failure() -> Iterator[Path]:
+    """A folder that is removed afterwards, but not where its logs say why something failed."""
+    folder = Path(tempfile.mkdtemp(prefix="mainstem-bench-"))
+    keep = False
+    try:
+        yield folder
+    except BadInput:  # Nothing was started, so there is nothing to read.
+        raise
+    except (Exception, SystemExit):
+        keep = True
+        raise
+    finally:
+        if keep:
+            print(f"logs and state are kept in {folder}", file=sys.stderr, flush=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _complain(*lines: str) -> None:
+    for line in lines:
+        print(f"{Path(sys.argv[0]).stem}: {line}", file=sys.stderr, flush=True)

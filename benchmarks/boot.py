@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import psutil
 
 from benchmarks import report
-from benchmarks.bench_cluster import running
+from benchmarks.bench_cluster import run_main, running
 from benchmarks.client import get_json
 from engine.launch.cluster import Cluster
 from engine.model import choose_model
@@ -77,15 +78,16 @@ def measure(times: int, model: str | None) -> dict[str, Any]:
 
 def install() -> dict[str, Any]:
     """The locked packages, fetched anew into a folder of their own."""
-    uv = ROOT / ".venv" / "setup" / "bin" / "uv"
+    uv = str(ROOT / "tools" / "uv.sh")
     folder = Path(tempfile.mkdtemp(prefix="mainstem-install-", dir=ROOT))
     environment = {**os.environ, "UV_CACHE_DIR": str(folder / "cache")}
+    python = str(folder / "venv" / "bin" / "python")
+    locked = ["--python", python, "--require-hashes", str(ROOT / "requirements.lock")]
     try:
         began_s = time.monotonic()
-        subprocess.run([uv, "venv", "--quiet", "--python", "3.11", folder / "venv"], check=True, env=environment)
-        python = str(folder / "venv" / "bin" / "python")
-        command = [str(uv), "pip", "sync", "--quiet", "--python", python, "--require-hashes"]
-        subprocess.run([*command, str(ROOT / "requirements.lock")], check=True, env=environment)
+        venv = [uv, "venv", "--quiet", "--python", sys.executable, str(folder / "venv")]
+        subprocess.run(venv, check=True, env=environment, cwd=ROOT)
+        subprocess.run([uv, "pip", "sync", "--quiet", *locked], check=True, env=environment, cwd=ROOT)
         return {"install_s": round(time.monotonic() - began_s, 1), "install_gb": _disk_gb(folder)}
     finally:
         shutil.rmtree(folder)
@@ -127,4 +129,4 @@ def _disk_gb(folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

@@ -3,12 +3,14 @@
 Pulls the model, brings up configs/local-cpu.yaml, holds a scripted conversation over
 the API (one long system prompt, three users, several turns), and prints for each
 request where it went, what was matched and cached, and the time to first token. Then it
-stays up, for you to try, until Ctrl-C; with --once it stops.
+stays up, for you to try, until Ctrl-C; with --once it stops. Its state is where `mainstem
+status` looks.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -19,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.bench_cluster import LOCAL_CPU, running
+from benchmarks.bench_cluster import LOCAL_CPU, run_main, running
 from benchmarks.client import Answer, chat
 from engine.launch.cluster import Cluster
+from engine.launch.state import STATE_DIR_VARIABLE
 
 TURNS = 3
 MAX_TOKENS = 24
@@ -77,8 +80,9 @@ def main() -> int:
     if options.model is None:
         subprocess.run([sys.executable, "-m", "engine.launch", "model", "pull", "smollm2"], check=True)
     console.print(f"Bringing up [bold]{options.config.name}[/bold] (about a minute on two idle cores) …")
+    state_dir = Path(os.environ.get(STATE_DIR_VARIABLE, ".mainstem"))
     try:
-        with running(options.config, options.model) as cluster:
+        with running(options.config, options.model, state_dir) as cluster:
             failed = converse(cluster, console)
             if not options.once and not failed:
                 stay(cluster, console)
@@ -135,4 +139,4 @@ def _cells(answer: Answer) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.bench_cluster import running
+from benchmarks.bench_cluster import run_main, running
 from benchmarks.client import complete, post_json
 from engine.launch.cluster import Cluster
 from engine.spec import WorkerSpec
@@ -129,4 +130,4 @@ def token_seconds(cluster: Cluster, requests: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

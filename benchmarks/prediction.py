@@ -9,12 +9,13 @@ tokens the chosen prefill worker holds; the engine said afterwards how many it u
 from __future__ import annotations
 
 import random
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import report
-from benchmarks.bench_cluster import running
+from benchmarks.bench_cluster import run_main, running
 from benchmarks.client import Answer, chat, complete
 from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
@@ -95,4 +96,4 @@ def measure(cluster: Cluster, requests: int, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

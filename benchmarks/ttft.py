@@ -11,13 +11,14 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import sys
 import threading
 import time
 from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks import report
-from benchmarks.bench_cluster import running
+from benchmarks.bench_cluster import run_main, running
 from benchmarks.client import Answer, ask, complete
 from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
@@ -105,4 +106,4 @@ def _post(url: str, body: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

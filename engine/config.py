@@ -141,8 +141,20 @@ class ClusterConfig(BaseModel):
         """Whether workers are forked from one import of SGLang."""
         return self.launch.start == "fork" or (self.launch.start == "auto" and self.engine.get("device") == "cpu")
 
+    @property
+    def chosen_ports(self) -> frozenset[int]:
+        """The ports that the file itself gives away."""
+        return frozenset({self.router.port}.union(*map(group_ports, self.workers)))
+
     def with_router_port(self, port: int) -> Self:
-        """The same cluster with its router elsewhere; 0 takes a free port when it is started."""
+        """The same cluster with its router elsewhere; 0 takes a free port when it is started.
+
+        Raises BadInput where the port is a worker's.
+        """
+        for index, group in enumerate(self.workers):
+            if port in (ports := group_ports(group)):
+                taken = f"workers[{index}].port_base takes {ports[0]} to {ports[-1]}"
+                raise BadInput(f"router.port: wanted a port that no worker has, found {port}: {taken}")
         return self.model_copy(update={"router": self.router.model_copy(update={"port": port})})
 
     def _roles(self) -> str | None:
@@ -216,8 +228,14 @@ def parse_cluster(text: str, folder: Path) -> ClusterConfig:
 
 
 def _parse_yaml(text: str) -> Any:
+    loader = None
     try:
-        tree = yaml.load(text, Loader=_UniqueKeys)
+        loader = _ClusterLoader(text)
+        tree = loader.get_single_data()
+    except RecursionError:
+        raise BadInput(
+            f"line {loader.line + 1 if loader else 1}: wanted fewer levels, found too many to read"
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
@@ -229,8 +247,22 @@ def _parse_yaml(text: str) -> Any:
     return tree
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key which stands twice in a mapping, where PyYAML would keep the last one."""
+class _ClusterLoader(yaml.SafeLoader):
+    """A safe loader that names the line of what PyYAML lets pass, or fails at without saying where.
+
+    A key that stands twice in a mapping: PyYAML would keep the last one. A scalar that looks like a date or a
+    number and is none, such as 2024-13-01: PyYAML lets Python's own error through.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, ArithmeticError, AttributeError):
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            kind = node.tag.rpartition(":")[2]
+            problem = f"wanted a valid {kind}, found {show(node.value)}; write it in quotes if it is text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}

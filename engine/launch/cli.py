@@ -123,7 +123,7 @@ def plan(
     served = choose_model(config.model.path, config.model.served_name, model)
     state = (state_dir / config.name).absolute()
     # The same seed each time: two plans of a file agree. `up` looks for ports anew.
-    planned = make_plan(config, served, Folders(state, state / "run"), PortPicker(seed=0))
+    planned = make_plan(config, served, Folders(state, state / "run"), PortPicker(0, config.chosen_ports))
     if as_json:
         router = planned.router.model_dump(mode="json")
         workers = [msgspec.to_builtins(worker) for worker in planned.workers]

@@ -142,7 +142,7 @@ class Cluster:
             stack.enter_context(folder.locked())
             folders = folder.prepare()
             stack.callback(folder.clear, folders.run)
-            picker = PortPicker(seed=time.time_ns())
+            picker = PortPicker(time.time_ns(), config.chosen_ports)
             plan = make_plan(config, served, folders, picker)
             cluster = cls(plan, program, folder, picker, on_event or _tell_nobody)
             cluster._cleanup = stack.pop_all()

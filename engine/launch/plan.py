@@ -16,7 +16,7 @@ import msgspec
 from engine.config import ClusterConfig, WorkerGroup
 from engine.launch.errors import BadInput
 from engine.launch.flags import arguments
-from engine.launch.ports import PortPicker, is_free, listener_of
+from engine.launch.ports import PortPicker, is_free, why_not_free
 from engine.model import ServedModel
 from engine.spec import WorkerSpec
 from router.config import RouterSpec
@@ -159,11 +159,11 @@ def _group_ports(index: int, group: WorkerGroup, number: int, picker: PortPicker
 
 def _want_free(place: str, key: str, host: str, port: int) -> None:
     try:
-        free = is_free(host, port)
+        obstacle = why_not_free(host, port)
     except OSError as error:
         raise BadInput(f"{place}.host: wanted an address of this machine, found {host!r}: {error}") from None
-    if not free:
-        raise BadInput(f"{place}.{key}: wanted a free port, {port} on {host} is in use{listener_of(port)}")
+    if obstacle:
+        raise BadInput(f"{place}.{key}: wanted a free port, {port} on {host} is {obstacle}")
 
 
 def _reachable(host: str) -> str:

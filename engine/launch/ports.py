@@ -8,9 +8,10 @@ could be somebody's outgoing connection by then. Hence these come from below it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,25 @@ _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 def is_free(host: str, port: int) -> bool:
     """Whether a server could listen there now. Raises OSError where `host` is no address of this machine."""
+    return _obstacle(host, port) is None
+
+
+def why_not_free(host: str, port: int) -> str:
+    """What keeps a server from listening there, as "in use by NAME (pid N)"; empty where nothing does.
+
+    Raises OSError where `host` is no address of this machine.
+    """
+    match _obstacle(host, port):
+        case None:
+            return ""
+        case errno.EACCES:
+            return "not allowed for this user"
+        case _:
+            return f"in use{listener_of(port)}"
+
+
+def _obstacle(host: str, port: int) -> int | None:
+    """The error number that a server would get."""
     family, address = _resolve(host, port)
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As servers do, so that a port whose last connections are in TIME_WAIT counts as free.
@@ -28,20 +48,24 @@ def is_free(host: str, port: int) -> bool:
         try:
             probe.bind(address)
         except OSError as error:
-            if error.errno in (98, 13):  # EADDRINUSE, EACCES
-                return False
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return error.errno
             raise
-    return True
+    return None
 
 
 class PortPicker:
-    """Hands out ports that are free now, none twice. `seed` keeps two launchers from trying the same ones first."""
+    """Hands out ports that are free now, none twice.
 
-    def __init__(self, seed: int) -> None:
+    seed      keeps two launchers from trying the same ones first
+    reserved  ports that are free now but promised to somebody
+    """
+
+    def __init__(self, seed: int, reserved: Collection[int]) -> None:
         highest = _ephemeral_start()
         candidates = list(range(LOWEST_PORT, highest)) if highest > LOWEST_PORT + 1000 else list(range(15_000, 60_000))
         random.Random(seed).shuffle(candidates)
-        self._candidates: Iterator[int] = iter(candidates)
+        self._candidates: Iterator[int] = iter([port for port in candidates if port not in reserved])
 
     def pick(self, host: str) -> int:
         """Raises OSError where none is left."""

@@ -113,6 +113,16 @@ def test_every_mistake_of_a_file_is_told_at_once() -> None:
             "name: !!python/object:os.system {}\n",
             "line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.system'",
         ),
+        (
+            "name: a\nmodel: {path: 2024-13-01}\n",
+            "line 2: wanted a valid timestamp, found '2024-13-01'; write it in quotes if it is text",
+        ),
+        (
+            "workers:\n- count: 0x_\n",
+            "line 2: wanted a valid int, found '0x_'; write it in quotes if it is text",
+        ),
+        ("name: !!int ''\n", "line 1: wanted a valid int, found ''; write it in quotes if it is text"),
+        ("name: a\nworkers: " + "[" * 5000, "line 2: wanted fewer levels, found too many to read"),
     ],
 )
 def test_what_is_not_yaml_for_a_cluster_is_one_line(text: str, line: str) -> None:
@@ -131,6 +141,18 @@ def test_each_line_of_a_file_on_disk_begins_with_its_path(tmp_path: Path) -> Non
         read_cluster(path)
     assert len(caught.value.lines) == 2
     assert all(line.startswith(f"{path}: ") for line in caught.value.lines)
+
+
+def test_the_router_cannot_be_moved_to_a_port_of_a_worker() -> None:
+    config = parse("name: tiny\nmodel: {path: smollm2}\nworkers: [{role: both, port_base: 9000, count: 2}]")
+    for port in (9000, 9007):
+        with pytest.raises(BadInput) as caught:
+            config.with_router_port(port)
+        assert caught.value.lines == (
+            f"router.port: wanted a port that no worker has, found {port}: workers[0].port_base takes 9000 to 9007",
+        )
+    assert config.with_router_port(9008).router.port == 9008
+    assert config.with_router_port(9008).chosen_ports == frozenset(range(9000, 9009))
 
 
 def test_fork_is_refused_with_a_gpu_and_says_why() -> None:

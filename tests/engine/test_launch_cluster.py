@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from engine.config import ClusterConfig, parse_cluster
 from engine.launch.cluster import Cluster, Event, Phase, ProcessView
 from engine.launch.errors import BadInput, LaunchFailed
 from engine.launch.lifeline import Identity, group_members
-from engine.launch.ports import is_free
+from engine.launch.ports import PortPicker, is_free
 from engine.launch.state import StateFolder
 
 BOTH_WAYS = pytest.mark.parametrize("way", ["fork", "spawn"])
@@ -119,6 +121,26 @@ def test_a_port_in_use_is_refused_and_names_who_has_it(running: Running, model: 
     said = str(caught.value)
     assert said.startswith(f"router.port: wanted a free port, {port} on 127.0.0.1 is in use by ")
     assert said.endswith(f"(pid {running.one('router').pid})")
+
+
+def test_a_port_that_the_user_may_not_have_is_not_called_in_use() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
+    if lowest < 2:
+        pytest.skip("this machine lets everybody have every port")
+    as_nobody = (  # The codec is loaded while its file may still be read.
+        "import os, encodings.idna; from engine.launch.ports import is_free, why_not_free; "
+        "os.geteuid() or os.setuid(65534); "
+        f"print(is_free('127.0.0.1', {lowest - 1}), why_not_free('127.0.0.1', {lowest - 1}))"
+    )
+    said = subprocess.run([sys.executable, "-c", as_nobody], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert said.stdout == "False not allowed for this user\n", said.stderr
+
+
+def test_a_reserved_port_is_never_handed_out() -> None:
+    first_choices = PortPicker(seed=1, reserved=())
+    reserved = {first_choices.pick("127.0.0.1") for _ in range(5)}
+    picker = PortPicker(seed=1, reserved=reserved)
+    assert not reserved & {picker.pick("127.0.0.1") for _ in range(50)}
 
 
 def test_a_killed_worker_is_named_and_started_again(running: Running) -> None:
