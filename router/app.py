@@ -13,7 +13,7 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ EXPIRE_S = 0.25
 EVENT_S = 1.0
 """How often the dashboard is told."""
 MAX_REGISTRATION_BYTES = 64 * 1024
+NO_STORE = {"cache-control": "no-store"}
+"""What the dashboard shows is true for a moment, and says who asks for what: no cache keeps it."""
 
 _here = Path(__file__).parent
 _decode_registration = msgspec.json.Decoder(Registration).decode
@@ -131,8 +133,11 @@ class Router:
             raise ValueError(f"version: wanted {VERSION}, found {registration.version}")
         if registration.model != self.spec.model:
             raise ValueError(f"model: wanted {self.spec.model!r}, found {registration.model!r}")
+        if registration.state == "starting" or registration.leaving:
+            # What an engine is to be is known when it is up; and a goodbye need not fit.
+            return
         for worker in self.fleet:
-            if worker.name == registration.worker or worker.lost:
+            if worker.name == registration.worker or worker.lost or worker.registration.state == "starting":
                 continue
             for field in ("page_tokens", "kv_dtype"):
                 wanted, found = getattr(worker.registration, field), getattr(registration, field)
@@ -154,7 +159,7 @@ class Router:
         reasons += [
             f"the pages of {worker.name} are not known yet"
             for worker in ready
-            if worker.mode is not FeedMode.EXACT and worker.role != "decode"
+            if worker.mode not in (FeedMode.EXACT, FeedMode.APPROXIMATE) and worker.role != "decode"
         ]
         return reasons
 
@@ -275,11 +280,11 @@ def _add_dashboard(app: FastAPI, router: Router) -> None:
 
     @app.get("/")
     async def dashboard() -> Response:
-        return FileResponse(_here / "dashboard.html", media_type="text/html")
+        return FileResponse(_here / "dashboard.html", media_type="text/html", headers=NO_STORE)
 
     @app.get("/api/state")
     async def state() -> Response:
-        return _json(router.snapshot())
+        return _json(router.snapshot(), headers=NO_STORE)
 
     @app.get("/api/events")
     async def events() -> Response:
@@ -292,7 +297,7 @@ def _add_dashboard(app: FastAPI, router: Router) -> None:
                 except TimeoutError:
                     continue
 
-        return StreamingResponse(ticks(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return StreamingResponse(ticks(), media_type="text/event-stream", headers=NO_STORE)
 
     @app.get("/api/explain/{request_id}")
     async def explain(request_id: str) -> Response:
@@ -308,8 +313,8 @@ async def _not_served(request: Request, error: Exception) -> Response:
     return _error(ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}"))
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
 def _error(error: ApiError) -> Response:

@@ -34,6 +34,7 @@ from router.openai import (
     ClientRequest,
     Endpoint,
     Handoff,
+    engine_rids,
     leg_body,
     read,
 )
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 RENDER_INLINE_BYTES = 32 * 1024
 """A longer body is rendered on a thread, so that other streams go on."""
 SETTLE_S = 2.0
-"""How long prefill's usage is waited for, after the client has its answer."""
+"""How long prefill's usage is waited for, after the client has its answer, and a client that is told of an error."""
 JSON = {"content-type": "application/json"}
 
 
@@ -64,9 +65,15 @@ class _Run:
     headers: dict[str, str]
     deadline_s: float
     lost: asyncio.Future[str]
-    """Resolved with the name of a worker of the pair that was lost meanwhile."""
+    """Resolved with the name of a worker that was lost while it was needed."""
     prefilled: bool = False
     seen: Seen = field(default_factory=Seen)
+
+    def needs(self, worker: str) -> bool:
+        """Decode's worker is needed to the end, prefill's until it has delivered."""
+        if worker == self.plan.decode.name:
+            return True
+        return worker == self.plan.prefill.name and not self.prefilled and self.record.ttft_s is None
 
 
 class Dispatcher:
@@ -114,7 +121,7 @@ class Dispatcher:
     def worker_lost(self, name: str) -> None:
         """Ends the requests that still need this worker."""
         for run in self._runs.values():
-            if name in (run.plan.prefill.name, run.plan.decode.name) and not run.lost.done():
+            if run.needs(name) and not run.lost.done():
                 run.lost.set_result(name)
 
     async def serve(self, endpoint: Endpoint, client: Client) -> None:
@@ -156,12 +163,19 @@ class Dispatcher:
         except NoWorker as error:
             raise ApiError(503, str(error), "service_unavailable", code="no_worker") from None
 
-    async def _tell(self, client: Client, error: ApiError, headers: Mapping[str, str]) -> None:
-        if client.started:
-            await client.write(error.event())
-            await client.end()
-        else:
-            await client.answer(error.status, error.body(), {**JSON, **headers})
+    async def _tell(self, client: Client, error: ApiError | None, headers: Mapping[str, str]) -> None:
+        """Ends the client's answer with an error; None: it was told already. Who does not read is not waited for."""
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                if error is None:
+                    await client.end()
+                elif client.started:
+                    await client.write(error.event())
+                    await client.end()
+                else:
+                    await client.answer(error.status, error.body(), {**JSON, **headers})
+        except TimeoutError:
+            log.info("client does not read rid=%s", headers["x-request-id"])
 
     async def _run(
         self,
@@ -198,22 +212,21 @@ class Dispatcher:
         run = _Run(rid, request, chosen, ticket, record, headers, deadline_s, lost)
         self._runs[rid] = run
         self._ledger.begin(record)
-        outcome, error = Outcome.CANCELLED, None
+        outcome, failed = Outcome.CANCELLED, None
         try:
             await self._relay(run, prompt.ids, client)
             outcome = Outcome.OK
-        except LegFailed as failed:
-            outcome, error = Outcome.ERROR, str(failed)
+        except LegFailed as error:
+            outcome, failed = Outcome.ERROR, error
             log.warning("request failed rid=%s worker=%s fault=%s", rid, failed.worker, failed.fault)
-            if failed.told:
-                await client.end()
-            else:
-                await self._tell(client, _as_api_error(failed), headers)
         finally:
             # Also where the task itself is cancelled, at shutdown.
             del self._runs[rid]
             self._fleet.finished(ticket)
-            self._settle(run, outcome, error)
+            self._settle(run, outcome, None if failed is None else str(failed))
+        if failed is not None:
+            # Only now: a client that does not read would hold the workers' load.
+            await self._tell(client, None if failed.told else _as_api_error(failed), headers)
 
     def _settle(self, run: _Run, outcome: Outcome, error: str | None) -> None:
         usage = run.seen.usage
@@ -268,17 +281,15 @@ class Dispatcher:
                 if prefill.exception() is not None and run.record.ttft_s is None:
                     prefill.result()
             if run.lost in done:
-                waiting.discard(run.lost)
                 name = run.lost.result()
-                if name == run.plan.decode.name or not (run.prefilled or run.record.ttft_s is not None):
-                    raise LegFailed(name, Fault.LOST, f"{name} was lost")
+                raise LegFailed(name, Fault.LOST, f"{name} was lost")
 
     async def _prefill(self, run: _Run, body: bytes) -> None:
         """The prefill leg: its 200 means that the pages were delivered."""
         worker = run.plan.prefill
         try:
-            response = await self._open(worker.registration, run.request.endpoint, body)
-            seen = whole(await self._upstream.read_all(worker.name, response))
+            raw, _ = await self._whole(worker.registration, run.request.endpoint, body)
+            seen = whole(raw)
             if seen.failure is not None:
                 raise refused(worker.name, seen.failure.status, seen.failure.message)
         finally:
@@ -301,22 +312,21 @@ class Dispatcher:
             await self._stream(run, client, body, limit_s)
             return
         late = f"{worker.name} sent nothing within {limit_s:g} s"
-        opening = asyncio.create_task(self._open(worker.registration, run.request.endpoint, body))
+        answering = asyncio.create_task(self._whole(worker.registration, run.request.endpoint, body))
         try:
             if prefill is not None:
                 # All of a whole answer's bytes come at its end, so until then prefill's answer is the sign of life.
-                done, _ = await asyncio.wait({prefill, opening}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait({prefill, answering}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     raise LegFailed(worker.name, Fault.TIMEOUT, late, 504)
-            response = await opening
+            raw, headers = await answering
         finally:
-            opening.cancel()
-        raw = await self._upstream.read_all(worker.name, response)
+            answering.cancel()
         run.seen = whole(raw)
         _check(worker.name, run.seen)
         if handoff is None:
             self._note_usage(run, run.seen)
-        await client.answer(200, raw, {**_content_type(response.headers), **run.headers})
+        await client.answer(200, raw, {**_content_type(headers), **run.headers})
 
     async def _stream(self, run: _Run, client: Client, body: bytes, limit_s: float) -> None:
         worker = run.plan.decode
@@ -350,6 +360,17 @@ class Dispatcher:
         finally:
             response.close()
 
+    async def _whole(
+        self, registration: Registration, endpoint: Endpoint, body: bytes
+    ) -> tuple[bytes, Mapping[str, str]]:
+        """An answer in one piece, and its headers."""
+        response = await self._open(registration, endpoint, body)
+        try:
+            return await self._upstream.read_all(registration.worker, response), response.headers
+        finally:
+            # Also where it is cancelled: the worker sees a closed connection, even if no abort reaches it.
+            response.close()
+
     async def _open(self, registration: Registration, endpoint: Endpoint, body: bytes) -> aiohttp.ClientResponse:
         try:
             return await self._upstream.open(registration.worker, registration.url + endpoint.value, body)
@@ -369,8 +390,9 @@ class Dispatcher:
 
     def _abort(self, run: _Run) -> None:
         """Tells both workers, without waiting."""
+        rids = engine_rids(run.request, run.rid)
         for worker in {run.plan.prefill.name: run.plan.prefill, run.plan.decode.name: run.plan.decode}.values():
-            self._spawn(self._upstream.abort(worker.name, worker.registration.url, run.rid))
+            self._spawn(self._upstream.abort(worker.name, worker.registration.url, rids))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -67,7 +67,7 @@ class Fault(StrEnum):
     DIE_MIDSTREAM = "die_midstream"
     """The connection is closed after some tokens."""
     STALL = "stall"
-    """No more events after some tokens, until aborted."""
+    """No more of the answer after its beginning, until aborted."""
 
 
 class Handoffs:
@@ -107,6 +107,7 @@ class FakeWorker:
     model: str = "tiny"
     revision: str = ""
     page_tokens: int = 4
+    kv_dtype: str = "float32"
     max_context_tokens: int = 4096
     capacity_tokens: int = 65536
     lease_s: float = 5.0
@@ -178,7 +179,8 @@ class FakeWorker:
             model=self.model,
             revision=self.revision,
             page_tokens=self.page_tokens,
-            kv_dtype="float32",
+            # Like an engine's agent, which knows it when the engine is up.
+            kv_dtype="" if self.state == "starting" else self.kv_dtype,
             capacity_tokens=self.capacity_tokens,
             max_context_tokens=self.max_context_tokens,
             sequence=self.sequence,
@@ -277,7 +279,7 @@ class FakeWorker:
             return _flat_error(500, "Aborted by AbortReq.")
 
     async def _respond(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        rid = body["rid"]
+        rid = _rid(body)
         match self.fault:
             case Fault.ERROR:
                 return _flat_error(500, "KVTransferError: simulated")
@@ -304,8 +306,17 @@ class FakeWorker:
         count = body.get("max_tokens") or body.get("max_completion_tokens") or 4
         if body.get("stream"):
             return await self._stream(request, body, len(ids), count, cached)
+        if self.fault is Fault.STALL:
+            return await self._half(request, rid)
         text = " ".join(f"t{number}" for number in range(count))
         return web.json_response(_answer(self.model, request.path, text, len(ids), count, cached))
+
+    async def _half(self, request: web.Request, rid: str) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "application/json"})
+        await response.prepare(request)
+        await response.write(b'{"id": ')
+        await self._wait(rid, asyncio.Event().wait())
+        return response
 
     async def _prefill(self, ids: list[int], body: dict[str, Any]) -> int:
         """Computes the pages that are not there. Cached tokens."""
@@ -335,7 +346,7 @@ class FakeWorker:
             await response.write(_event(self.model, [{"index": 0, **delta, "finish_reason": None}]))
             if number < 1:
                 continue
-            await self._wait(body["rid"], self.gate.wait())
+            await self._wait(_rid(body), self.gate.wait())
             match self.fault:
                 case Fault.ERROR_EVENT:
                     await response.write(_error_event("simulated: out of memory"))
@@ -349,7 +360,7 @@ class FakeWorker:
                     request.transport.close()
                     return response
                 case Fault.STALL:
-                    await self._wait(body["rid"], asyncio.Event().wait())
+                    await self._wait(_rid(body), asyncio.Event().wait())
         last: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
         await response.write(_event(self.model, [{"index": 0, **last, "finish_reason": "length"}]))
         if (body.get("stream_options") or {}).get("include_usage"):
@@ -367,6 +378,13 @@ class FakeWorker:
         finally:
             wanted.cancel()
             ended.cancel()
+
+
+def _rid(body: dict[str, Any]) -> str:
+    """By which the request is aborted; of a batch of prompts, by its first one."""
+    prompt = body.get("prompt")
+    batch = isinstance(prompt, list) and type(prompt[0]) is not int
+    return f"{body['rid']}_0" if batch else str(body["rid"])
 
 
 def _usage(prompt_tokens: int, completion_tokens: int, cached: int) -> dict[str, Any]:

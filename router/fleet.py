@@ -24,7 +24,9 @@ from transfer.wire import Registration, Role, WorkerState
 SUSPECT_S = 5.0
 """How long a worker that could not be reached is avoided."""
 FORGET_S = 60.0
-"""How long a lost worker is still shown."""
+"""How long a lost worker is still shown, and one that left is not let in again."""
+MAX_LEFT = 4096
+"""Workers that left and are remembered; of more, the earliest are forgotten."""
 RECENT_HALF_LIFE_S = 60.0
 """Tokens sent this long ago count half when equals are told apart."""
 
@@ -33,6 +35,8 @@ class FeedMode(StrEnum):
     """How far the index knows a worker's pages."""
 
     EXACT = "exact"
+    APPROXIMATE = "approximate"
+    """All is followed, but not all has found room in the index."""
     CATCHING_UP = "catching-up"
     NONE = "none"
 
@@ -120,6 +124,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
+        self._left: dict[str, tuple[int, float]] = {}
+        """By name, the last epoch that said goodbye and when, the latest goodbye last."""
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
@@ -134,13 +140,20 @@ class Fleet:
         return self._workers.get(name)
 
     def register(self, registration: Registration, now_s: float) -> Change:
-        """Takes in a registration. A newer epoch replaces the worker; an older one is not listened to."""
+        """Takes in a registration. A newer epoch replaces the worker; an older one is not listened to.
+
+        Nor is one that has left: a renewal that was on its way may come after the goodbye.
+        """
         known = self._workers.get(registration.worker)
         if known is not None and registration.epoch < known.registration.epoch:
             return Change.STALE
+        left_epoch, _ = self._left.get(registration.worker, (-1, 0.0))
         if registration.leaving:
             self._workers.pop(registration.worker, None)
+            self._note_left(registration.worker, max(registration.epoch, left_epoch), now_s)
             return Change.LEFT
+        if registration.epoch <= left_epoch:
+            return Change.STALE
         if known is None or registration.epoch > known.registration.epoch:
             worker = Worker(registration, now_s)
             if known is not None:
@@ -153,6 +166,12 @@ class Fleet:
             return Change.BACK
         return Change.RENEWED
 
+    def _note_left(self, name: str, epoch: int, now_s: float) -> None:
+        self._left.pop(name, None)
+        self._left[name] = epoch, now_s
+        if len(self._left) > MAX_LEFT:
+            del self._left[next(iter(self._left))]
+
     def expire(self, now_s: float) -> list[str]:
         """Names of workers whose lease ran out since the last call; those lost long ago are dropped."""
         lost = []
@@ -163,6 +182,7 @@ class Fleet:
                 lost.append(worker.name)
             elif worker.lost and silent_s > worker.registration.lease_s + FORGET_S:
                 del self._workers[worker.name]
+        self._left = {name: left for name, left in self._left.items() if now_s - left[1] <= FORGET_S}
         return lost
 
     def suspect(self, name: str, now_s: float) -> None:

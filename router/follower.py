@@ -161,13 +161,18 @@ class Follower:
             self._apply(name, event)
         worker = self._fleet.get(name)
         if worker is not None and worker.registration.epoch <= sequence.epoch and not worker.lost:
-            worker.mode = FeedMode.EXACT if sequence.exact else FeedMode.CATCHING_UP
+            worker.mode = self._mode(name, sequence)
         if step.ask is not None:
             log.info("asking for pages worker=%s epoch=%d after=%d", name, step.ask.epoch, step.ask.sequence)
             try:
                 await replay.send(encode(step.ask), zmq.NOBLOCK)
             except zmq.Again:
                 log.warning("page request not sent worker=%s", name)
+
+    def _mode(self, name: str, sequence: Sequence) -> FeedMode:
+        if not sequence.exact:
+            return FeedMode.CATCHING_UP
+        return FeedMode.EXACT if self._index.complete(name) else FeedMode.APPROXIMATE
 
     def _apply(self, name: str, event: PageEvent) -> None:
         match event:

@@ -50,6 +50,8 @@ class Index:
         self._slots: dict[int, int] = {}
         self._bits: dict[str, int] = {}
         self._held: dict[int, int] = {}
+        self._incomplete = 0
+        """Bits of the workers that hold pages which were not taken in, or were dropped."""
         self._clock = 0
 
         self._ids = array("Q")
@@ -80,6 +82,14 @@ class Index:
         """Pages that the index knows this worker to hold."""
         bit = self._bits.get(worker)
         return 0 if bit is None else self._held[bit]
+
+    def complete(self, worker: str) -> bool:
+        """Whether all that this worker is said to hold is known here: nothing was dropped, nothing an orphan.
+
+        Once it is not, it is again only after `cleared` or `forget`.
+        """
+        bit = self._bits.get(worker)
+        return bit is None or not self._incomplete >> bit & 1
 
     def match(self, ids: Sequence[int]) -> dict[str, int]:
         """Leading pages of `ids` that each worker holds; workers that hold none are left out.
@@ -124,12 +134,14 @@ class Index:
             before = self._slots.get(parent, _NONE)
             if before == _NONE or not self._holders[before] >> bit & 1:
                 self.orphans += len(ids)
+                self._incomplete |= 1 << bit
                 return False
         self._clock += 1
         for offset, page in enumerate(ids):
             slot = self._slots.get(page)
             if slot is None:
                 if len(self._slots) >= self.max_nodes and not self._evict_leaf(keep=before):
+                    self._incomplete |= 1 << bit
                     break
                 slot = self._insert(page, before, depth + offset)
             if not self._holders[slot] >> bit & 1:
@@ -154,7 +166,10 @@ class Index:
     def cleared(self, worker: str) -> None:
         """Notes that `worker` holds nothing. Visits every page."""
         bit = self._bits.get(worker)
-        if bit is None or not self._held[bit]:
+        if bit is None:
+            return
+        self._incomplete &= ~(1 << bit)
+        if not self._held[bit]:
             return
         tops = [slot for slot in self._slots.values() if self._parent[slot] == _NONE and self._holders[slot] >> bit & 1]
         for slot in tops:
@@ -281,6 +296,7 @@ class Index:
     def _drop(self, slot: int) -> None:
         for bit in _bits(self._holders[slot]):
             self._held[bit] -= 1
+        self._incomplete |= self._holders[slot]
         self._holders[slot] = 0
         self._delete(slot)
         self.evicted += 1

@@ -173,6 +173,17 @@ def leg_body(
     return request.raw[:-1] + b"," + msgspec.json.encode(ours)[1:]
 
 
+def engine_rids(request: ClientRequest, rid: str) -> list[str]:
+    """The names by which the engine knows the request, which an abort has to give.
+
+    It names each prompt of a batch anew, even of a batch of one (SGLang 0.5.16, `io_struct.py`, `_normalize_rid`).
+    """
+    prompt = request.body.get("prompt") if request.endpoint is Endpoint.COMPLETIONS else None
+    if isinstance(prompt, list) and type(prompt[0]) is not int:
+        return [f"{rid}_{number}" for number in range(len(prompt))]
+    return [rid]
+
+
 def _object(raw: bytes) -> Json:
     if len(raw) > MAX_BODY_BYTES:
         raise ApiError(413, f"body: wanted at most {MAX_BODY_BYTES} bytes, found {len(raw)}")
@@ -258,8 +269,19 @@ def _salt(body: Json) -> str:
             raise _wrong(name, "text", value)
         if "\0" in value:
             raise ApiError(400, f"{name}: wanted text without NUL", param=name)
+        if not _is_utf8(value):
+            raise ApiError(400, f"{name}: wanted text in UTF-8, found half a surrogate pair", param=name)
         parts.append(value)
     return "".join(parts)
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether it can be written in UTF-8: JSON may escape half a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _wrong(name: str, wanted: str, found: Any) -> ApiError:

@@ -47,9 +47,13 @@ def render(renderer: Renderer, request: ClientRequest) -> Prompt:
         rendered = (
             renderer.chat(request.body) if request.endpoint is Endpoint.CHAT else renderer.completion(request.body)
         )
-    except Unrenderable as reason:
-        return Prompt(None, max(1, len(request.raw) // BYTES_A_TOKEN), str(reason))
-    return Prompt(rendered.ids, len(rendered.ids))
+    except Unrenderable as error:
+        reason = str(error)
+    except RecursionError:
+        reason = "nested too deeply"
+    else:
+        return Prompt(rendered.ids, len(rendered.ids))
+    return Prompt(None, max(1, len(request.raw) // BYTES_A_TOKEN), reason)
 
 
 def plan(

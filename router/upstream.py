@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from enum import StrEnum
 
 import aiohttp
@@ -101,20 +102,28 @@ class Upstream:
         except (aiohttp.ClientError, OSError) as error:
             raise LegFailed(worker, Fault.BROKEN, f"{worker} closed the connection within its answer") from error
 
-    async def abort(self, worker: str, base_url: str, rid: str) -> None:
-        """Tells the worker to drop the request. Does not fail: who cannot hear it has dropped it, or will."""
-        try:
-            async with self._session.post(
-                f"{base_url}/abort_request",
-                data=json.dumps({"rid": rid}),
-                timeout=aiohttp.ClientTimeout(total=ABORT_S),
-            ) as response:
-                await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            log.info("abort not taken worker=%s rid=%s error=%s", worker, rid, type(error).__name__)
+    async def abort(self, worker: str, base_url: str, rids: Sequence[str]) -> None:
+        """Tells the worker to drop these requests, one after the other, until one is not taken.
+
+        Does not fail: who cannot hear it has dropped them, or will.
+        """
+        for rid in rids:
+            try:
+                async with self._session.post(
+                    f"{base_url}/abort_request",
+                    data=json.dumps({"rid": rid}),
+                    timeout=aiohttp.ClientTimeout(total=ABORT_S),
+                ) as response:
+                    await response.read()
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                log.info("abort not taken worker=%s rid=%s error=%s", worker, rid, type(error).__name__)
+                return
 
     async def _refused(self, worker: str, response: aiohttp.ClientResponse) -> LegFailed:
-        raw = await self.read_all(worker, response)
+        try:
+            raw = await self.read_all(worker, response)
+        finally:
+            response.close()
         try:
             failure = failure_in(json.loads(raw))
         except ValueError:

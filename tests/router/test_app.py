@@ -19,8 +19,10 @@ import pytest
 import uvicorn
 
 from router.app import Router, create_app
+from router.client import Client, Message
 from router.config import RouterSection, RouterSpec
 from router.fake_worker import FakeWorker, Fault, Handoffs
+from router.openai import Endpoint
 from router.server import listen
 from transfer.auth import SIGNATURE_HEADER, ClusterKey
 
@@ -396,6 +398,83 @@ def test_a_worker_that_stops_renewing_takes_its_requests_along(start: Any) -> No
     run(scenario())
 
 
+def test_a_stream_outlives_its_prefill_worker_but_not_its_decode_worker(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0", worker={"lease_s": 0.6}) as cluster:
+            cluster.workers["d0"].gate.clear()
+            asking = asyncio.create_task(cluster.events(chat("hi")))
+            await cluster.until(lambda: any(record.ttft_s is not None for record in cluster.router.ledger.newest(1)))
+
+            cluster.workers["p0"]._tasks[-1].cancel()
+            await cluster.until(lambda: cluster.router.fleet["p0"].lost)
+            assert not asking.done()
+            cluster.workers["d0"]._tasks[-1].cancel()
+
+            status, events = await asking
+            assert status == 200
+            assert json.loads(events[-1])["error"]["message"] == "d0 was lost"
+
+    run(scenario())
+
+
+def test_a_client_that_does_not_read_holds_neither_load_nor_a_task(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0", request_timeout_s=0.5) as cluster:
+            cluster.workers["d0"].fault = Fault.STALL
+            request: list[Message] = [{"type": "http.request", "body": json.dumps(chat("hi", stream=True)).encode()}]
+            never = asyncio.Event()
+            sent = 0
+
+            async def receive() -> Message:
+                if not request:
+                    await never.wait()
+                return request.pop()
+
+            async def send(message: Message) -> None:
+                # Status and a piece are taken, and then the connection's buffer is full.
+                nonlocal sent
+                sent += 1
+                if sent > 2:
+                    await never.wait()
+
+            dispatcher = cluster.router.dispatcher
+            serving = asyncio.create_task(dispatcher.serve(Endpoint.CHAT, Client(receive, send)))
+            await cluster.until(lambda: sent > 2)
+
+            assert (await cluster.last())["outcome"] == "error"
+            assert all(worker.inflight_requests == 0 for worker in cluster.router.fleet)
+            await asyncio.wait_for(serving, 10)
+
+    run(scenario())
+
+
+def test_every_prompt_of_a_batch_is_aborted_by_its_name(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0", request_timeout_s=0.5) as cluster:
+            cluster.workers["p0"].fault = Fault.HANG
+
+            status, _, headers = await cluster.post({"model": "tiny", "prompt": ["a", "b"]}, "/v1/completions")
+
+            assert status == 504
+            names = [f"{headers['x-request-id']}_{number}" for number in range(2)]
+            await cluster.until(lambda: all(worker.aborted == names for worker in cluster.workers.values()))
+
+    run(scenario())
+
+
+def test_a_whole_answer_that_stalls_is_ended_by_the_request_timeout(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0", request_timeout_s=0.5) as cluster:
+            cluster.workers["d0"].fault = Fault.STALL
+
+            status, answer, headers = await cluster.post(chat("hi"))
+
+            assert (status, answer["error"]["message"]) == (504, "not done within 0.5 s")
+            await cluster.until(lambda: headers["x-request-id"] in cluster.workers["d0"].aborted)
+
+    run(scenario())
+
+
 def test_an_unreachable_worker_is_avoided_by_the_next_request(start: Any) -> None:
     async def scenario() -> None:
         async with start() as cluster:
@@ -430,6 +509,22 @@ def test_what_cannot_be_rendered_passes_unmodified_and_is_shown_so(start: Any) -
             assert got.raw.startswith(json.dumps(body).encode()[:-1])
             assert "input_ids" not in got.body
             assert (await cluster.last())["reason"] == "not rendered: content part: image_url"
+
+    run(scenario())
+
+
+def test_what_is_nested_too_deeply_to_be_rendered_passes_as_it_came(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0") as cluster:
+            schema: dict[str, Any] = {}
+            for _ in range(600):
+                schema = {"properties": schema}
+            tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+            status, _, _ = await cluster.post(chat("hi", tools=[tool]))
+
+            assert status == 200
+            assert (await cluster.last())["reason"] == "not rendered: nested too deeply"
 
     run(scenario())
 
@@ -495,6 +590,56 @@ def test_only_holders_of_the_clusters_key_register(start: Any) -> None:
                 async with cluster.session.post(path, data=body, headers=headers) as response:
                     assert response.status == 401
             assert "evil" not in cluster.router.fleet
+
+    run(scenario())
+
+
+def test_a_malformed_signature_is_401(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0") as cluster:
+            path, body = cluster.url + "/internal/register", b"{}"
+            stamp, _, mac = cluster.workers["p0"].key.sign(body, time.time()).partition(":")
+            for value in ("", ":", "nan:", "é:é", f"{stamp}:é", f"é:{mac}", f"{stamp}:{mac}é", "1" * 5000):
+                async with cluster.session.post(path, data=body, headers={SIGNATURE_HEADER: value}) as response:
+                    assert response.status == 401, value
+            # One byte that is no UTF-8, which HTTP clients in Python do not send.
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(cluster.url.rpartition(":")[2]))
+            head = "POST /internal/register HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n"
+            writer.write(f"{head}{SIGNATURE_HEADER}: {stamp}:\xe9\r\n\r\n{{}}".encode("latin-1"))
+            assert b" 401 " in await asyncio.wait_for(reader.readline(), 10)
+            writer.close()
+
+    run(scenario())
+
+
+def test_a_starting_worker_neither_has_to_fit_nor_keeps_others_out(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0") as cluster:
+            worker = cluster.workers["p0"]
+            worker.epoch, worker.state = worker.epoch + 1, "starting"  # it crashed
+
+            assert await worker.register(cluster.url) == 200
+            assert cluster.router.fleet["p0"].state(cluster.router.clock_s()) == "starting"
+            assert await cluster.workers["d0"].register(cluster.url) == 200
+            worker.state = "ready"
+            assert await worker.register(cluster.url) == 200
+            worker.kv_dtype = "float16"
+            assert await worker.register(cluster.url) == 400
+            assert await worker.register(cluster.url, leaving=True) == 200
+
+    run(scenario())
+
+
+def test_a_worker_whose_pages_found_no_room_is_shown_as_approximate_and_is_ready(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0") as cluster:
+            cluster.router.index.max_nodes = 10
+            await cluster.post(chat(PREFIX))
+            await cluster.until(lambda: cluster.router.fleet["p0"].mode == "approximate")
+
+            assert (await cluster.get("/ready"))[0] == 200
+            _, state = await cluster.get("/api/state")
+            assert {one["name"]: one["mode"] for one in state["workers"]} == {"p0": "approximate", "d0": "exact"}
 
     run(scenario())
 
@@ -582,5 +727,24 @@ def test_unknown_paths_are_refused_in_the_apis_shape(start: Any) -> None:
             status, answer = await cluster.get("/v1/embeddings")
             assert (status, set(answer["error"])) == (404, {"message", "type", "param", "code"})
             assert (await cluster.get("/api/explain/none"))[0] == 404
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/", "/api/state", "/api/events"])
+def test_no_cache_keeps_what_the_dashboard_shows(start: Any, path: str) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0") as cluster, cluster.session.get(cluster.url + path) as response:
+            assert response.headers["cache-control"] == "no-store"
+
+    run(scenario())
+
+
+def test_the_dashboards_stream_ends_when_the_router_is_told_to_stop(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0") as cluster, cluster.session.get(cluster.url + "/api/events") as response:
+            assert (await response.content.readline()).startswith(b"data: {")
+            cluster.router.closing.set()
+            await asyncio.wait_for(response.read(), 10)
 
     run(scenario())

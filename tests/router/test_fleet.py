@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from router.fleet import FORGET_S, RECENT_HALF_LIFE_S, SUSPECT_S, Change, Fleet
+from router.fleet import FORGET_S, MAX_LEFT, RECENT_HALF_LIFE_S, SUSPECT_S, Change, Fleet
 from transfer.wire import Load, Registration, Role
 
 
@@ -83,6 +83,29 @@ def test_a_leaving_worker_is_gone_at_once(fleet: Fleet) -> None:
 
     assert fleet.register(leaving, 1) is Change.LEFT
     assert names(fleet, 1) == ["p1"]
+
+
+def test_a_renewal_that_comes_after_the_goodbye_does_not_bring_the_epoch_back(fleet: Fleet) -> None:
+    fleet.register(msgspec.structs.replace(registration("p0", epoch=2), leaving=True), 1)
+
+    assert fleet.register(registration("p0", epoch=2), 1.1) is Change.STALE
+    assert fleet.register(registration("p0", epoch=1), 1.2) is Change.STALE
+    fleet.expire(2)
+    assert fleet.register(registration("p0", epoch=2), 2.1) is Change.STALE
+    assert names(fleet, 3) == ["p1"]
+    assert fleet.register(registration("p0", epoch=3), 3) is Change.NEW
+    assert names(fleet, 3) == ["p0", "p1"]
+
+
+def test_goodbyes_are_forgotten_after_a_while_and_beyond_a_number() -> None:
+    fleet = Fleet()
+    for number in range(MAX_LEFT + 1):
+        fleet.register(msgspec.structs.replace(registration(f"p{number}"), leaving=True), 1)
+
+    assert fleet.register(registration("p0"), 2) is Change.NEW  # the earliest of too many
+    assert fleet.register(registration("p1"), 2) is Change.STALE
+    fleet.expire(1 + FORGET_S + 1)
+    assert fleet.register(registration("p1"), 3 + FORGET_S) is Change.NEW
 
 
 def test_a_suspect_is_avoided_for_a_while_but_taken_where_it_is_the_only_one(fleet: Fleet) -> None:

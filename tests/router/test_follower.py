@@ -11,7 +11,7 @@ from typing import Any
 from router.fake_worker import FakeWorker, Handoffs
 from router.fleet import FeedMode, Fleet
 from router.follower import Follower
-from router.index import Index
+from router.index import NODE_BYTES, Index
 from transfer.auth import ClusterKey
 from transfer.pages import chain_ids, root_id
 
@@ -21,8 +21,8 @@ IDS = chain_ids(root_id("x"), range(20), 1)
 class Side:
     """A follower with its index, told of workers as a router is."""
 
-    def __init__(self, key: ClusterKey) -> None:
-        self.index, self.fleet = Index(10**6), Fleet()
+    def __init__(self, key: ClusterKey, index_max_bytes: int = 10**6) -> None:
+        self.index, self.fleet = Index(index_max_bytes), Fleet()
         self.follower = Follower(key, self.index, self.fleet, time.monotonic)
 
     def hear(self, worker: FakeWorker) -> None:
@@ -41,9 +41,9 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def followed(**settings: Any) -> AsyncIterator[tuple[Side, FakeWorker]]:
+async def followed(index_max_bytes: int = 10**6, **settings: Any) -> AsyncIterator[tuple[Side, FakeWorker]]:
     key = ClusterKey.generate()
-    side = Side(key)
+    side = Side(key, index_max_bytes)
     worker = FakeWorker("p0", "prefill", key, Handoffs(), **settings)
     await worker.start()
     try:
@@ -177,3 +177,18 @@ async def test_who_lacks_the_clusters_key_learns_and_teaches_nothing() -> None:
             assert len(stranger.index) == 0
         finally:
             await stranger.follower.close()
+
+
+@run
+async def test_a_worker_whose_pages_found_no_room_is_approximate_until_it_clears_them() -> None:
+    async with followed(index_max_bytes=4 * NODE_BYTES) as (side, worker):
+        await worker.store(root_id("x"), 0, IDS[:4])
+        side.hear(worker)
+        await until(lambda: side.mode(worker) is FeedMode.EXACT)
+
+        await worker.store(IDS[3], 4, IDS[4:6])
+        await until(lambda: side.mode(worker) is FeedMode.APPROXIMATE)
+        assert side.index.match(IDS) == {"p0": 4}
+
+        await worker.clear()
+        await until(lambda: side.mode(worker) is FeedMode.EXACT)

@@ -134,6 +134,26 @@ def test_pages_after_an_unknown_page_are_not_taken_in() -> None:
     assert index.orphans == 3
 
 
+def test_a_worker_is_complete_until_a_page_of_it_is_dropped_or_not_taken_in() -> None:
+    index = Index(2 * NODE_BYTES)
+    index.stored("p0", ROOT, 0, chain(1))
+    index.stored("p1", ROOT, 0, chain(2))
+    assert index.complete("p0")
+
+    index.stored("p1", ROOT, 0, chain(3))  # takes the place of p0's page
+
+    assert not index.complete("p0")
+    assert index.complete("p1")
+    index.stored("p1", chain(3)[0], 7, chain(9))  # a page before it is not known
+    index.stored("p2", ROOT, 0, chain(4, 5, 6))  # longer than the index
+    assert not index.complete("p1")
+    assert not index.complete("p2")
+    index.cleared("p0")
+    index.forget("p1")
+    assert index.complete("p0")
+    assert index.complete("p1")
+
+
 def test_other_tiers_do_not_count_yet() -> None:
     index = Index(MANY)
     ids = chain(1, 2)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.openai import MAX_BODY_BYTES, ApiError, Endpoint, Handoff, check_length, leg_body, read
+from router.openai import MAX_BODY_BYTES, ApiError, Endpoint, Handoff, check_length, engine_rids, leg_body, read
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}
@@ -174,3 +174,25 @@ def test_a_completion_without_a_limit_has_the_apis_own() -> None:
     assert read(Endpoint.COMPLETIONS, raw(COMPLETION), "m").max_new_tokens == 16
     assert read(Endpoint.CHAT, raw(CHAT), "m").max_new_tokens is None
     assert read(Endpoint.CHAT, raw({**CHAT, "max_tokens": 5, "max_completion_tokens": 7}), "m").max_new_tokens == 7
+
+
+@pytest.mark.parametrize("name", ["cache_salt", "extra_key"])
+def test_a_salt_that_is_no_text_in_utf8_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        read(Endpoint.CHAT, raw({**CHAT, name: "a\ud800"}), "m")
+
+    assert (refused.value.status, refused.value.param) == (400, name)
+    assert refused.value.message == f"{name}: wanted text in UTF-8, found half a surrogate pair"
+    assert read(Endpoint.CHAT, raw({**CHAT, name: "a\U0001f642"}), "m").salt == "a\U0001f642"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "names"),
+    [("hi", ["r"]), ([1, 2], ["r"]), (["hi"], ["r_0"]), (["a", "b"], ["r_0", "r_1"]), ([[1], [2, 3]], ["r_0", "r_1"])],
+)
+def test_the_engine_names_each_prompt_of_a_batch(prompt: Any, names: list[str]) -> None:
+    assert engine_rids(read(Endpoint.COMPLETIONS, raw({**COMPLETION, "prompt": prompt}), "m"), "r") == names
+
+
+def test_the_engine_keeps_the_name_of_a_chat() -> None:
+    assert engine_rids(read(Endpoint.CHAT, raw({**CHAT, "prompt": ["a"]}), "m"), "r") == ["r"]
