@@ -131,7 +131,7 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         """Nobody to register with: the router tells decode where prefill listens."""
 
     def submit_prefill_recompute(self, kv_receiver: MainstemKVReceiver, payload: Any) -> None:
-        """SGLang would have prefill compute a retracted request again, over HTTP. Here it fails; it may be sent anew."""
+        """SGLang would have prefill compute a retracted request again, over HTTP. Here it fails, to be sent anew."""
         kv_receiver.abort()
 
     def aux_row(self, index: int) -> list[bytes]:
