@@ -7,12 +7,10 @@ that the pages were delivered); a least-squares fit of
     seconds = overhead + uncached / rate * (1 + middle of the uncached part / halving)
 
 Decode: the time between tokens with one and with several requests.
-
 """
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import sys
@@ -61,7 +59,7 @@ def measure(cluster: Cluster) -> dict[str, Any]:
         "median_error": round(statistics.median(errors), 3),
         "token_s": round(one_s, 4),
         "token_s_of_several": round(several_s, 4),
-        "samples": json.dumps([(held, new, round(seconds, 3)) for held, new, seconds in samples]),
+        "samples": [(held, new, round(seconds, 3)) for held, new, seconds in samples],
     }
 
 

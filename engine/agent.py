@@ -47,7 +47,6 @@ class EngineFacts(msgspec.Struct, frozen=True):
     page_size: int
     max_total_num_tokens: int
     context_length: int | None = None
-    max_req_input_len: int | None = None
     dtype: str = ""
     kv_cache_dtype: str = "auto"
 

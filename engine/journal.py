@@ -86,9 +86,10 @@ class Journal:
 
 def _runs(held: dict[int, tuple[int, int, int]]) -> Iterator[Stored]:
     """The pages in order of depth, tier by tier, neighbours of one chain joined where they follow each other."""
+    by_depth = sorted(held.items(), key=lambda item: item[1][1])
     for tier in Tier:
         run: Stored | None = None
-        for page, (parent, depth, tiers) in sorted(held.items(), key=lambda item: item[1][1]):
+        for page, (parent, depth, tiers) in by_depth:
             if not tiers & 1 << tier:
                 continue
             if run is not None and run.ids[-1] == parent and len(run.ids) < SNAPSHOT_PART_PAGES:

@@ -121,10 +121,10 @@ def _known(node: Any) -> list[int]:
 
 def _trimmed(node: Any, page_tokens: int) -> list[int]:
     """The ids of a node that the tree may have split: it kept the back part."""
-    ids = _known(node)
-    node.mainstem_ids = ids[len(ids) - len(node.key) // page_tokens :]
-    kept: list[int] = node.mainstem_ids
-    return kept
+    ids, pages = _known(node), len(node.key) // page_tokens
+    if len(ids) > pages:
+        ids = node.mainstem_ids = ids[len(ids) - pages :]
+    return ids
 
 
 def _holds_tokens(node: Any) -> bool:

@@ -60,11 +60,11 @@ class Connection:
 
         Raises PeerLost.
         """
-        header = await self._receive_exactly(handoff.FRAME.size)
+        header = await self.receive_bytes(handoff.FRAME.size)
         message_bytes, payload_bytes = handoff.FRAME.unpack(header)
         if message_bytes > handoff.MAX_MESSAGE_BYTES:
             raise PeerLost(f"frame: wanted at most {handoff.MAX_MESSAGE_BYTES} bytes, found {message_bytes}")
-        body = await self._receive_exactly(message_bytes)
+        body = await self.receive_bytes(message_bytes)
         try:
             return handoff.decode(body), payload_bytes
         except handoff.DecodeError as error:
@@ -85,10 +85,6 @@ class Connection:
                 raise PeerLost("connection closed in the middle of a frame")
             left = _after(left, received)
 
-    async def receive_payload(self, size_bytes: int) -> bytearray:
-        """The payload as bytes of its own: for what has no place of its own, or no place any more."""
-        return await self._receive_exactly(size_bytes)
-
     def cut(self) -> None:
         """Ends the connection for both sides; whoever waits on it here finds PeerLost at once."""
         with contextlib.suppress(OSError):
@@ -98,7 +94,8 @@ class Connection:
         """Gives the descriptor back. For the task that reads: another one's wait would not end."""
         self._socket.close()
 
-    async def _receive_exactly(self, size_bytes: int) -> bytearray:
+    async def receive_bytes(self, size_bytes: int) -> bytearray:
+        """So many bytes, for what has no place of its own, or no place any more. Raises PeerLost."""
         data = bytearray(size_bytes)
         view = memoryview(data)
         while view.nbytes:

@@ -41,7 +41,7 @@ Address = tuple[str, int]
 class _Incoming:
     """One room, as decode sees it. Guarded by the receiver's lock."""
 
-    def __init__(self, address: Address, now_s: float) -> None:
+    def __init__(self, address: Address, now_s: float, connect_s: float) -> None:
         self.state = ReceiverState.CONNECTING
         self.address = address
         self.peer: _Peer | None = None
@@ -50,7 +50,7 @@ class _Incoming:
         self.landed_pages = 0
         self.reason = ""
         self.began_s = now_s
-        self.deadline_s: float | None = None
+        self.deadline_s: float | None = now_s + connect_s
         self.released = False
         """Whether the scheduler is done with it."""
 
@@ -108,7 +108,7 @@ class Receiver:
         with self._lock:
             if room in self._rooms:
                 return False
-            self._rooms[room] = _Incoming((host, port), self._clock())
+            self._rooms[room] = _Incoming((host, port), self._clock(), 2 * self._deadlines.connect_s)
         self._courier.call(self._attach, room)
         return True
 
@@ -190,7 +190,6 @@ class Receiver:
             incoming = self._rooms.get(room)
             if incoming is None or incoming.state is not ReceiverState.CONNECTING:
                 return
-            incoming.deadline_s = incoming.began_s + 2 * self._deadlines.connect_s
             peer = self._peers.get(incoming.address)
             if peer is not None:
                 incoming.peer, incoming.deadline_s = peer, None
@@ -316,7 +315,7 @@ class Receiver:
     async def _chunk(self, peer: _Peer, room: int, first: int, count: int, payload_bytes: int) -> None:
         incoming = self._granted_to(peer, room)
         if incoming is None:
-            await peer.connection.receive_payload(payload_bytes)
+            await peer.connection.receive_bytes(payload_bytes)
             return
         pages = incoming.pages[first : first + count]
         if len(pages) != count or first != incoming.landed_pages:
@@ -331,7 +330,7 @@ class Receiver:
             self._advance(room, Event.CHUNK)
 
     async def _last(self, peer: _Peer, room: int, pages: int, payload_bytes: int) -> None:
-        rows = await peer.connection.receive_payload(payload_bytes)
+        rows = await peer.connection.receive_bytes(payload_bytes)
         incoming = self._granted_to(peer, room)
         if incoming is None:
             return

@@ -180,11 +180,6 @@ class Cluster:
         if self._view.phase is not Phase.READY:
             raise LaunchFailed(self._view.problem or "it was stopped before it was ready")
 
-    def wait_changed(self, seen: View, timeout_s: float) -> View:
-        """The view once it differs from `seen`, or as it is after `timeout_s` seconds."""
-        self._wait(lambda view: view is not seen, timeout_s)
-        return self._view
-
     def wait_over(self, timeout_s: float | None = None) -> bool:
         """Whether all of it has ended and everything is cleared within the time."""
         self._thread.join(timeout_s)
