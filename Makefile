@@ -40,7 +40,7 @@ bench: $(READY)  ## every benchmark of this machine, results as JSON
 	@for name in boot ttft prediction; do $(RUN) benchmarks.$$name $(ARGS) || exit 1; done
 
 lock: $(UV)  ## renew requirements.lock from pyproject.toml
-	@$(RUN_UV) pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url --no-annotate --quiet \
+	@$(RUN_UV) pip compile pyproject.toml --extra dev --extra nixl --generate-hashes --no-emit-index-url --no-annotate --quiet \
 		--python-version 3.11 --python-platform x86_64-manylinux_2_34 --custom-compile-command "make lock" -o requirements.lock
 
 setup: $(READY)  ## only set up

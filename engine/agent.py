@@ -1,6 +1,6 @@
 """Beside each engine: says who it is, what it holds and how loaded it is, to every router.
 
-    scheduler ── ipc ──> PULL ┐                ┌─ PUB    ══> routers      batches of page events
+    scheduler ── ipc ──> PULL ┐                ┌─ PUB    ══> routers      batches of page events, ended hand-offs
                               ├── Journal ─────┤
     router ── DEALER ──> ROUTER┘               └─ ROUTER ──> that router  what it missed
     engine's /v1/loads ───────> Registration ───── POST ───> routers      each renewal is a heartbeat
@@ -24,7 +24,7 @@ import zmq
 import zmq.asyncio
 
 from engine.journal import Journal
-from engine.outbox import decode_events
+from engine.outbox import decode_burst
 from engine.spec import WorkerSpec, page_socket
 from transfer import wire
 from transfer.auth import SIGNATURE_HEADER, ClusterKey
@@ -69,6 +69,8 @@ class Agent:
         self._journal = Journal(spec.name, epoch)
         self._facts: EngineFacts | None = None
         self._load = wire.Load()
+        self._handoffs: dict[wire.HandoffTotals, wire.HandoffTotals] = {}
+        """Sums of this epoch, by the empty sum of their kind."""
         self._said: dict[str, bool] = {}
         self._courier: Courier | None = None
         self._renewing: asyncio.Task[None] | None = None
@@ -116,11 +118,18 @@ class Agent:
         with pages, publisher:
             while True:
                 try:
-                    events = decode_events(await pages.recv())
+                    burst = decode_burst(await pages.recv())
                 except msgspec.MsgspecError as error:
-                    log.warning("page events refused: %s", error)
+                    log.warning("burst of the scheduler refused: %s", error)
                     continue
-                await publisher.send(wire.encode(self._journal.apply(events)))
+                if burst.events:
+                    await publisher.send(wire.encode(self._journal.apply(burst.events)))
+                if burst.ended:
+                    for ended in burst.ended:
+                        kind = wire.HandoffTotals.kind(ended)
+                        self._handoffs[kind] = self._handoffs.get(kind, kind).plus(ended)
+                    handoffs = wire.Handoffs(self._spec.name, self._journal.epoch, burst.ended)
+                    await publisher.send(wire.encode(handoffs))
 
     async def _replay(self, replay: zmq.asyncio.Socket) -> None:
         with replay:
@@ -211,6 +220,7 @@ class Agent:
             sequence=self._journal.sequence,
             held_pages=len(self._journal.held),
             load=self._load,
+            handoffs=list(self._handoffs.values()),
             lease_s=LEASE_RENEWALS * spec.renew_s,
             leaving=leaving,
         )

@@ -24,13 +24,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from engine.launch.errors import BadInput
 from engine.launch.explain import explain, show
 from engine.launch.flags import FlagValue, known_flags, mistake
-from router.config import RouterSection
+from router.config import RouterSection, is_loopback
 
 Seconds = Annotated[float, Field(gt=0)]
 Flags = dict[str, FlagValue]
 Variables = dict[str, str]
+Device = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$")]
 
 DEFAULT_PAGE_TOKENS = 16
+LOOPBACK_DEVICE = "lo"
+RANK_FLAGS = ("tp-size", "tensor-parallel-size", "pp-size", "pipeline-parallel-size")
+"""SGLang's flags that put several ranks into one worker; those of data parallelism are the launcher's anyway."""
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -74,10 +78,19 @@ class TransferSection(BaseModel):
 
     model_config = _STRICT
 
-    transports: Annotated[tuple[Literal["shm", "tcp"], ...], Field(min_length=1)] = ("shm", "tcp")
+    transports: Annotated[tuple[Literal["shm", "tcp", "nixl"], ...], Field(min_length=1)] = ("shm", "tcp")
     """What a hand-off may use, the preferred one first. shm needs both workers on one host."""
+    tcp_lanes: Annotated[int, Field(ge=1, le=64, strict=True)] = 2
+    """Connections to each peer over which tcp moves pages."""
+    nixl_devices: Annotated[tuple[Device, ...], Field(min_length=1)] = (LOOPBACK_DEVICE,)
+    """Network devices that nixl uses, as UCX names them: eth0, or mlx5_0:1 for a port of an RDMA card."""
+    trusted_devices: tuple[Device, ...] = ()
+    """Network devices that only trusted machines reach. nixl uses no others, but for loopback."""
     timeout_s: Seconds = 60.0
     """A hand-off that has not ended this long after its pages were granted fails."""
+    silence_s: Annotated[float, Field(ge=1)] = 2.5
+    """A worker that says nothing to its peer in a hand-off for so long is lost to it; signs of life go out twice a
+    second."""
     renew_s: Seconds = 1.0
     """Time between two registrations of a worker, which are its heartbeat."""
 
@@ -124,8 +137,9 @@ class ClusterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        for problem in (self._roles(), self._page_size(), self._start(), self._port_ranges()):
-            if problem:
+        checks = (self._roles, self._page_size, self._ranks, self._start, self._port_ranges, self._nixl_devices)
+        for check in checks:
+            if problem := check():
                 raise ValueError(problem)
         return self
 
@@ -172,6 +186,33 @@ class ClusterConfig(BaseModel):
             if "page-size" in group.engine:
                 return (
                     f"workers[{index}].engine.page-size: must be the same for all workers, set it in engine.page-size"
+                )
+        return None
+
+    def _ranks(self) -> str | None:
+        """The hand-off is between single ranks: each has all of every page."""
+        places = [("engine", self.engine, {group.role for group in self.workers})]
+        places += [(f"workers[{index}].engine", group.engine, {group.role}) for index, group in enumerate(self.workers)]
+        for place, flags, roles in places:
+            for flag in RANK_FLAGS:
+                if flags.get(flag, 1) != 1 and roles != {"both"}:
+                    return (
+                        f"{place}.{flag}: wanted 1 with the roles prefill and decode, "
+                        f"found {show(flags[flag])}: a hand-off between several ranks is not supported"
+                    )
+        return None
+
+    def _nixl_devices(self) -> str | None:
+        if "nixl" not in self.transfer.transports or {group.role for group in self.workers} == {"both"}:
+            return None
+        on_loopback = all(is_loopback(group.host) for group in self.workers)
+        safe = {*self.transfer.trusted_devices, *((LOOPBACK_DEVICE,) if on_loopback else ())}
+        for index, device in enumerate(self.transfer.nixl_devices):
+            if device not in safe:
+                return (
+                    f"transfer.nixl_devices[{index}]: wanted a device that is in transfer.trusted_devices, "
+                    f"found {show(device)}: nixl's data port knows no key, so whoever reaches it "
+                    "can write any memory of the worker"
                 )
         return None
 

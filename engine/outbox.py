@@ -1,8 +1,10 @@
-"""Page events leave the scheduler process here: appended on its thread, sent from another.
+"""What the agent is to know leaves the scheduler process here: appended on any thread, sent from one of its own.
 
-    scheduler's thread   put(event)  ──>  list  ──>  sender thread  ──>  ipc://…  agent
+    scheduler's thread         put(page event)  ──┐
+                                                  ├──> lists  ──>  sender thread  ──>  ipc://…  agent
+    hand-off receiver's thread  ended(hand-off) ──┘
 
-A burst becomes one message, and an event is on its way within a few milliseconds,
+A burst becomes one message, and a page event is on its way within a few milliseconds,
 whenever SGLang itself would have published it (it waits for the next batch, on
 decode for the fortieth).
 """
@@ -15,6 +17,7 @@ import time
 import msgspec
 import zmq
 
+from transfer.ended import Ended
 from transfer.wire import PageEvent
 
 COALESCE_S = 0.002
@@ -22,8 +25,17 @@ COALESCE_S = 0.002
 LINGER_MS = 1000
 """How long a closed outbox waits for an agent to take the last events."""
 
-encode_events = msgspec.msgpack.Encoder().encode
-decode_events = msgspec.msgpack.Decoder(list[PageEvent]).decode
+
+class Burst(msgspec.Struct, frozen=True, array_like=True):
+    """What happened within a moment."""
+
+    events: list[PageEvent]
+    """In the order in which they happened."""
+    ended: list[Ended]
+
+
+encode_burst = msgspec.msgpack.Encoder().encode
+decode_burst = msgspec.msgpack.Decoder(Burst).decode
 
 
 class Outbox:
@@ -32,15 +44,21 @@ class Outbox:
     def __init__(self, address: str) -> None:
         self._address = address
         self._events: list[PageEvent] = []
+        self._ended: list[Ended] = []
         self._lock = threading.Lock()
         self._filled = threading.Event()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="page-events", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
     def put(self, event: PageEvent) -> None:
         with self._lock:
             self._events.append(event)
+        self._filled.set()
+
+    def ended(self, handoff: Ended) -> None:
+        with self._lock:
+            self._ended.append(handoff)
         self._filled.set()
 
     def close(self) -> None:
@@ -60,8 +78,9 @@ class Outbox:
                 time.sleep(COALESCE_S)
                 self._filled.clear()
                 with self._lock:
-                    events, self._events = self._events, []
-                if events:
-                    socket.send(encode_events(events))
+                    burst = Burst(self._events, self._ended)
+                    self._events, self._ended = [], []
+                if burst.events or burst.ended:
+                    socket.send(encode_burst(burst))
                 if self._closed:
                     return

@@ -9,7 +9,7 @@ and its sockets are not used: decode connects to prefill's hand-off port itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,18 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from engine.spec import WorkerSpec
 from transfer.auth import ClusterKey
 from transfer.deadlines import Deadlines
+from transfer.ended import Ended
 from transfer.layout import PoolLayout
 from transfer.pool import Pool, SharedArena
 from transfer.receiver import Receiver
 from transfer.sender import Sender
 from transfer.session import ReceiverState, SenderState
+from transfer.transports import make
+from transfer.wire import parse_bound_host
 
 log = logging.getLogger(__name__)
 
+FAILED: int = KVPoll.Failed
 SENDER_POLL = {
     # Every sender is offered when it is made, so its room was forgotten.
     SenderState.ABSENT: KVPoll.Failed,
@@ -54,14 +58,32 @@ RECEIVER_POLL = {
     ReceiverState.READY: KVPoll.WaitingForInput,
     ReceiverState.GRANTED: KVPoll.Transferring,
     ReceiverState.STREAMING: KVPoll.Transferring,
-    # Failed frees the landing pages: not before the writer has stopped.
+    ReceiverState.LANDING: KVPoll.Transferring,
+    # Failed frees the landing pages: not before the writer has stopped, and what it wrote has landed.
+    ReceiverState.STOPPING: KVPoll.Transferring,
     ReceiverState.FENCING: KVPoll.Transferring,
     ReceiverState.DONE: KVPoll.Success,
     ReceiverState.FAILED: KVPoll.Failed,
 }
 
 
-ROOM_TAKEN = "bootstrap_room: wanted one of its own for each request, found {} in use"
+def _by_value(polls: Mapping[SenderState, int] | Mapping[ReceiverState, int]) -> list[int]:
+    """The same, by the states' values: SGLang polls each request each tick, and Python hashes an Enum slowly."""
+    table = [FAILED] * (1 + max(state.value for state in polls))
+    for state, poll in polls.items():
+        table[state.value] = poll
+    return table
+
+
+_SENDER_POLL = _by_value(SENDER_POLL)
+_RECEIVER_POLL = _by_value(RECEIVER_POLL)
+
+SIZES = ("tp_size", "pp_size", "dp_size")
+"""SGLang's settings that put several ranks into one worker. Their pools would have to be joined: not yet."""
+
+
+class HandoffRefused(Exception):
+    """A request that cannot be handed over at all, whatever becomes of the others."""
 
 
 class HandoffFailed(Exception):
@@ -97,35 +119,49 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         spec: WorkerSpec,
         epoch: int,
         arena: SharedArena,
+        on_end: Callable[[Ended], None],
     ) -> None:
+        for size in SIZES:
+            if getattr(server_args, size) != 1:
+                raise ValueError(
+                    f"{size}: wanted 1 with the roles prefill and decode, found {getattr(server_args, size)}"
+                )
         if server_args.device != "cpu":
             raise ValueError(f"device: wanted cpu, found {server_args.device}: no transport for its memory yet")
         if any(args.state_types):
             raise ValueError("model: wanted one whose KV cache is plain attention, found one with other state")
         self.kv_args = args
         self.prefill_info_table = _AnyPrefill()
-        pool, aux = _pools(args, server_args)
-        key = ClusterKey.read(Path(spec.key_file))
-        deadlines = Deadlines(handoff_s=spec.handoff_timeout_s)
+        self.worker = spec.name
+        self.epoch = epoch
         self.sender: Sender | None = None
         self.receiver: Receiver | None = None
-        self._aux = aux
-        if disaggregation_mode == DisaggregationMode.PREFILL:
-            self.sender = Sender(
-                pool, key, worker=spec.name, epoch=epoch, transports=spec.transports, deadlines=deadlines
-            )
-            self.sender.listen(spec.host, spec.handoff_port)
-        else:
+        pool, self._aux = _pools(args, server_args)
+        decodes = disaggregation_mode == DisaggregationMode.DECODE
+        key = ClusterKey.read(Path(spec.key_file))
+        deadlines = Deadlines(handoff_s=spec.handoff_timeout_s, silence_s=spec.silence_s)
+        transports = make(
+            spec.transports,
+            pool,
+            shared=arena.address_of(args.kv_data_ptrs) if decodes else None,
+            tcp_lanes=spec.tcp_lanes,
+            nixl_devices=spec.nixl_devices,
+            stall_s=spec.silence_s,
+        )
+        if decodes:
             self.receiver = Receiver(
                 pool,
-                aux,
+                self._aux,
                 key,
-                shared=arena.address_of(args.kv_data_ptrs),
                 worker=spec.name,
                 epoch=epoch,
-                transports=spec.transports,
+                transports=transports,
                 deadlines=deadlines,
+                on_end=on_end,
             )
+        else:
+            self.sender = Sender(pool, key, worker=spec.name, epoch=epoch, transports=transports, deadlines=deadlines)
+            self.sender.listen(spec.host, spec.handoff_port)
 
     def register_to_bootstrap(self) -> None:
         """Nobody to register with: the router tells decode where prefill listens."""
@@ -158,8 +194,16 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
         self._pages = 0
         self._sent_pages = 0
         self._aux_index = 0
-        self._mine = self._sender.offer(bootstrap_room)
-        """False where another request has the room: then this one fails, and touches nothing of the other's."""
+        self._refused = ""
+        """Why this request was never offered; then it fails, and touches nothing of another's room."""
+        try:
+            _, _, epoch = _bound_address(bootstrap_addr)
+            if epoch not in (None, mgr.epoch):
+                raise HandoffRefused(f"{mgr.worker}: restarted: wanted epoch {epoch}, found {mgr.epoch}")
+            if not mgr.sender.offer(bootstrap_room):
+                raise _room_taken(bootstrap_room)
+        except HandoffRefused as error:
+            self._refused = str(error)
 
     def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
         assert aux_index is not None, "SGLang gives every request a metadata row"
@@ -173,27 +217,27 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
 
     def send(self, kv_indices: npt.NDArray[np.int32], state_indices: list[Any] | None = None, **_later: Any) -> None:
         """Queues these pages. The last chunk is not marked by SGLang: it is the one that makes the count whole."""
-        if not self._mine:
+        if self._refused:
             return
         self._sent_pages += len(kv_indices)
         last = self._sent_pages == self._pages
         self._sender.send(self._room, kv_indices, self._manager.aux_row(self._aux_index) if last else None)
 
     def poll(self) -> int:
-        return int(SENDER_POLL[self._sender.state(self._room)] if self._mine else KVPoll.Failed)
+        return FAILED if self._refused else _SENDER_POLL[self._sender.state(self._room)._value_]
 
     def get_transfer_metric(self) -> KVTransferMetric:
         return KVTransferMetric(transfer_total_bytes=self._sender.sent_bytes(self._room))
 
     def failure_exception(self) -> None:
-        raise HandoffFailed(self._sender.reason(self._room) if self._mine else ROOM_TAKEN.format(self._room))
+        raise HandoffFailed(self._refused or self._sender.reason(self._room))
 
     def clear(self) -> None:
-        if self._mine:
+        if not self._refused:
             self._sender.forget(self._room)
 
     def abort(self) -> None:
-        if self._mine:
+        if not self._refused:
             self._sender.fail(self._room, "request aborted")
 
 
@@ -208,15 +252,25 @@ class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]
         self._receiver = mgr.receiver
         self._room = bootstrap_room
         self._address = bootstrap_addr
-        self._mine = True
-        """False where another request has the room: then this one fails, and touches nothing of the other's."""
-        self.conclude_state: int | None = None
+        self._refused = ""
+        """Why this request was never opened; then it fails, and touches nothing of another's room."""
+        self._opened = False
+
+    @property
+    def conclude_state(self) -> int | None:
+        """SGLang's queue of requests that wait for room in the pool polls again only where it sees a failure here."""
+        return FAILED if self.poll() == FAILED else None
 
     def init(self, prefill_dp_rank: int) -> None:
-        host, _, port = self._address.rpartition(":")
-        self._mine = self._receiver.open(self._room, host.strip("[]"), int(port))
-        if not self._mine:
-            self.conclude_state = KVPoll.Failed
+        if self._refused:
+            return
+        try:
+            host, port, epoch = _bound_address(self._address)
+            if not self._receiver.open(self._room, host, port, epoch):
+                raise _room_taken(self._room)
+            self._opened = True
+        except HandoffRefused as error:
+            self._refused = str(error)
 
     def send_metadata(
         self,
@@ -226,26 +280,24 @@ class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]
         decode_prefix_len: int | None = None,
     ) -> None:
         assert aux_index is not None, "SGLang gives every request a metadata row"
-        if self._mine:
+        if not self._refused:
             self._receiver.grant(self._room, kv_indices, aux_index, decode_prefix_len or 0)
 
     def poll(self) -> int:
-        return int(RECEIVER_POLL[self._receiver.state(self._room)] if self._mine else KVPoll.Failed)
+        return FAILED if self._refused else _RECEIVER_POLL[self._receiver.state(self._room)._value_]
 
     def failure_exception(self) -> None:
-        raise HandoffFailed(self._receiver.reason(self._room) if self._mine else ROOM_TAKEN.format(self._room))
+        raise HandoffFailed(self._refused or self._receiver.reason(self._room))
 
     def clear(self) -> None:
-        if self._mine:
+        if self._opened:
             self._receiver.forget(self._room)
 
     def abort(self) -> None:
-        if not self._mine:
-            return
-        self._receiver.fail(self._room, "request aborted")
-        if self._receiver.state(self._room) is ReceiverState.FAILED:
-            # SGLang's queue of requests that wait for pages polls again only where it sees this.
-            self.conclude_state = KVPoll.Failed
+        if self._opened:
+            self._receiver.fail(self._room, "request aborted")
+        else:
+            self._refused = self._refused or "request aborted"
 
 
 class NoBootstrapServer(BaseKVBootstrapServer):  # type: ignore[misc]
@@ -253,6 +305,20 @@ class NoBootstrapServer(BaseKVBootstrapServer):  # type: ignore[misc]
 
     def __init__(self, host: str, port: int) -> None:
         pass
+
+
+def _bound_address(address: str) -> tuple[str, int, int | None]:
+    """Host, port and epoch of what SGLang made of a request's bootstrap host and port. Raises HandoffRefused."""
+    bound, _, port = address.rpartition(":")
+    try:
+        host, epoch = parse_bound_host(bound)
+        return host.strip("[]"), int(port), epoch
+    except ValueError:
+        raise HandoffRefused(f"bootstrap_host: wanted HOST or EPOCH@HOST, found {bound[:200]!r}") from None
+
+
+def _room_taken(room: int) -> HandoffRefused:
+    return HandoffRefused(f"bootstrap_room: wanted one of its own for each request, found {room} in use")
 
 
 def _pools(args: KVArgs, server_args: Any) -> tuple[Pool, Pool]:

@@ -7,6 +7,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     KV pools on a CPU             -> in memory that a peer can map
     SIGTERM                       -> the worker ends at once, and says goodbye
     radix tree's stores, removals -> engine.page_events -> engine.outbox -> agent
+    decode's own cached prefix    -> not counted as prefill that was saved, sound where the pool runs full
     no CUDA                       -> engine.sglang_cpu
 """
 
@@ -43,6 +44,10 @@ def register() -> None:
     HookRegistry.register("sglang.srt.disaggregation.utils.get_kv_class", hooks.kv_class, HookType.AROUND)
     HookRegistry.register(signals + "sigterm_handler", hooks.sigterm, HookType.AROUND)
     HookRegistry.register(pool + "_create_buffers_normal", hooks.create_buffers, HookType.AROUND)
+    decode = "sglang.srt.disaggregation.decode."
+    transferring, waiting = decode + "DecodeTransferQueue.", decode + "DecodePreallocQueue."
+    HookRegistry.register(transferring + "_commit_transfer_to_req", hooks.committed, HookType.AFTER)
+    HookRegistry.register(waiting + "resume_retracted_reqs", hooks.resumed, HookType.AFTER)
     HookRegistry.register(events + "_record_store_event", hooks.stored, HookType.AROUND)
     HookRegistry.register(events + "_record_remove_event", hooks.removed, HookType.AROUND)
     HookRegistry.register(events + "_record_all_cleared_event", hooks.cleared, HookType.AROUND)
@@ -62,13 +67,17 @@ class WorkerHooks:
         return WorkerSpec.read(Path(path)) if path else None
 
     @functools.cached_property
+    def _outbox(self) -> Outbox:
+        assert self._spec is not None, "only a worker of ours has an agent to tell"
+        return Outbox(page_socket(self._spec))
+
+    @functools.cached_property
     def _page_events(self) -> PageEvents | None:
         """None where this process is not the one rank whose tree is told of."""
         parallel = get_parallel()
         if self._spec is None or parallel.attn_tp_rank or parallel.attn_cp_rank:
             return None
-        outbox = Outbox(page_socket(self._spec))
-        return PageEvents(self._spec.served_model, "", outbox.put)
+        return PageEvents(self._spec.served_model, "", self._outbox.put)
 
     def kv_class(self, original: Any, transfer_backend: Any, class_type: Any) -> Any:
         """SGLang asks for the classes of a transfer backend one by one."""
@@ -81,16 +90,20 @@ class WorkerHooks:
         kinds = disaggregation.KVClassType
         return {
             kinds.KVARGS: KVArgs,
-            kinds.MANAGER: functools.partial(
-                sglang_handoff.MainstemKVManager,
-                spec=self._spec,
-                epoch=int(os.environ[EPOCH_VARIABLE]),
-                arena=self._arena,
-            ),
+            kinds.MANAGER: self._make_manager,
             kinds.SENDER: sglang_handoff.MainstemKVSender,
             kinds.RECEIVER: sglang_handoff.MainstemKVReceiver,
             kinds.BOOTSTRAP_SERVER: sglang_handoff.NoBootstrapServer,
         }[class_type]
+
+    def _make_manager(self, *arguments: Any, **more: Any) -> Any:
+        """As SGLang makes one, in its scheduler process. Only there an outbox may be: its thread survives no fork."""
+        from engine.sglang_handoff import MainstemKVManager
+
+        assert self._spec is not None, "checked where SGLang asked for this"
+        epoch = int(os.environ[EPOCH_VARIABLE])
+        on_end = self._outbox.ended
+        return MainstemKVManager(*arguments, **more, spec=self._spec, epoch=epoch, arena=self._arena, on_end=on_end)
 
     def sigterm(self, original: Any, handler: Any, *arguments: Any) -> None:
         """Ends the worker's HTTP process at once, through its `finally` clauses; its children end with it.
@@ -117,6 +130,27 @@ class WorkerHooks:
             for memory, shape in zip(self._arena.allocate(sizes), shapes, strict=True)
         ]
         pool.k_buffer, pool.v_buffer = tensors[: pool.layer_num], tensors[pool.layer_num :]
+
+    def committed(self, _nothing: None, _queue: Any, decode_request: Any) -> None:
+        """Keeps `cached_tokens` what prefill's cache saved, as it came with the pages.
+
+        Where decode's own cache held more of the prompt, SGLang would add that: what it saved is a part of the
+        hand-off, no compute, and it is counted there. The whole prompt is noted as accounted for instead.
+        """
+        request = decode_request.req
+        if self._spec is not None:
+            request.already_computed = len(request.origin_input_ids)
+
+    def resumed(self, requests: list[Any], queue: Any, *_later: Any, **_more: Any) -> None:
+        """Requests that lost their pages to others, and have all of them again, fresh ones, none out of the cache.
+
+        SGLang 0.5.16 would match them against the decode worker's prefix cache then. It would count tokens as the
+        cache's that lie in the request's own pages, which nobody frees any more, and take a lock off that it never
+        set: the next check of the pool ends the worker. A node to start from tells it that there is no match.
+        """
+        if self._spec is not None and queue.scheduler.server_args.disaggregation_decode_enable_radix_cache:
+            for request in requests:
+                request.last_node = queue.tree_cache.root_node
 
     def stored(self, original: Any, cache: Any, node: Any, medium: str | None = None) -> None:
         if self._page_events is None:

@@ -47,6 +47,12 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Transports that a hand-off may use, in the order of preference."""
     handoff_timeout_s: float = 60.0
     """A hand-off that has not ended this long after its pages were granted fails."""
+    silence_s: float = 2.5
+    """A peer of a hand-off that is silent for so long is lost."""
+    tcp_lanes: int = 2
+    """Connections to each peer over which tcp moves pages."""
+    nixl_devices: tuple[str, ...] = ("lo",)
+    """Network devices that NIXL may use, as UCX names them: whoever reaches one can write this worker's memory."""
     renew_s: float = 1.0
     """Time between two registrations."""
 
@@ -68,5 +74,5 @@ ZYGOTE_MODEL_VARIABLE = "MAINSTEM_ZYGOTE_MODEL"
 
 
 def page_socket(spec: WorkerSpec) -> str:
-    """ZeroMQ address on which the agent takes page events from the scheduler's process."""
+    """ZeroMQ address on which the agent takes page events and ended hand-offs from the scheduler's process."""
     return f"ipc://{spec.run_dir}/pages.ipc"

@@ -19,6 +19,9 @@ ENVIRONMENT = {
     # Whatever SGLang still binds by itself stays on this host.
     "SGLANG_HOST_IP": "127.0.0.1",
 }
+RENDEZVOUS_VARIABLE = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+"""SGLang's own variable: where the ranks of a worker meet. By default PyTorch opens a port for that, on every address
+of the machine and without a key, also where there is only one rank."""
 
 
 def run_worker(spec: WorkerSpec) -> None:
@@ -29,7 +32,8 @@ def run_worker(spec: WorkerSpec) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "spec.json"
     spec.write(path)
-    os.environ.update({**ENVIRONMENT, **spec.environment, SPEC_VARIABLE: str(path), EPOCH_VARIABLE: str(epoch)})
+    ours = {**ENVIRONMENT, RENDEZVOUS_VARIABLE: f"file://{run_dir}/rendezvous-{epoch}"}
+    os.environ.update({**ours, **spec.environment, SPEC_VARIABLE: str(path), EPOCH_VARIABLE: str(epoch)})
     agent = Agent(spec, epoch, ClusterKey.read(Path(spec.key_file)))
     agent.start()
     # Imported after the environment is set: SGLang reads parts of it when it is imported.

@@ -30,6 +30,7 @@ from router.config import RouterSpec
 from router.dispatch import Dispatcher
 from router.fleet import Change, FeedMode, Fleet
 from router.follower import Follower
+from router.handoffs import Handoffs
 from router.index import Index
 from router.ledger import Ledger
 from router.metrics import Metrics
@@ -46,7 +47,8 @@ EXPIRE_S = 0.25
 """How often leases are looked at."""
 EVENT_S = 1.0
 """How often the dashboard is told."""
-MAX_REGISTRATION_BYTES = 64 * 1024
+MAX_REGISTRATION_BYTES = 256 * 1024
+"""Room for the sums of a decode worker that has thousands of pairs of prefill worker and transport."""
 NO_STORE = {"cache-control": "no-store"}
 """What the dashboard shows is true for a moment, and says who asks for what: no cache keeps it."""
 
@@ -73,10 +75,11 @@ class Router:
         self.fleet = Fleet()
         self.index = Index(spec.section.index_max_bytes)
         self.ledger = Ledger()
+        self.handoffs = Handoffs()
         self.clock_s = clock_s
         self.wall_s = wall_s
         self.started_s = clock_s()
-        self.metrics = Metrics(self.ledger, self.fleet, self.index, clock_s)
+        self.metrics = Metrics(self.ledger, self.fleet, self.index, self.handoffs, clock_s)
         self.closing = asyncio.Event()
         """Set when the server is told to stop, so that streams without an end find one."""
         self.follower: Follower
@@ -86,7 +89,7 @@ class Router:
     async def running(self) -> AsyncIterator[None]:
         """Sockets and tasks, from here to the end."""
         upstream = Upstream()
-        self.follower = Follower(self.key, self.index, self.fleet, self.clock_s)
+        self.follower = Follower(self.key, self.index, self.fleet, self.clock_s, self.ledger.handed_over)
         self.dispatcher = Dispatcher(
             model=self.spec.model,
             section=self.spec.section,
@@ -125,6 +128,9 @@ class Router:
             log.info("worker %s name=%s epoch=%d", change, registration.worker, registration.epoch)
         if change in (Change.LEFT, Change.REPLACED):
             self._forget(registration.worker)
+        if change is not Change.STALE:
+            # A goodbye brings the last sums of that life.
+            self.handoffs.registered(registration.worker, registration.epoch, registration.handoffs)
         if change not in (Change.STALE, Change.LEFT):
             self.follower.registered(registration)
 

@@ -239,6 +239,7 @@ class Dispatcher:
         handoff = None if run.plan.alone else self._handoff(run.plan.prefill.registration)
         prefill: asyncio.Task[None] | None = None
         if handoff is not None:
+            self._ledger.expect(run.record, handoff.room, len(engine_rids(run.request, run.rid)))
             prefill = asyncio.create_task(
                 self._prefill(run, leg_body(run.request, run.rid, ids, handoff, keep_stream=False))
             )
@@ -386,7 +387,12 @@ class Dispatcher:
             run.record.prompt_tokens = seen.usage.prompt_tokens or run.record.prompt_tokens
 
     def _handoff(self, prefill: Registration) -> Handoff:
-        return Handoff(prefill.handoff_host, prefill.handoff_port, self._rooms.randint(1, MAX_ROOM))
+        return Handoff(
+            host=prefill.handoff_host,
+            port=prefill.handoff_port,
+            room=self._rooms.randint(1, MAX_ROOM),
+            epoch=prefill.epoch,
+        )
 
     def _abort(self, run: _Run) -> None:
         """Tells both workers, without waiting."""

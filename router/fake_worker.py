@@ -22,12 +22,15 @@ import zmq
 import zmq.asyncio
 from aiohttp import web
 
+from transfer import wire
 from transfer.auth import SIGNATURE_HEADER, ClusterKey
+from transfer.ended import Ended
 from transfer.pages import chain_ids, namespace, root_id
 from transfer.wire import (
     Batch,
     CaughtUp,
     Cleared,
+    HandoffTotals,
     PageEvent,
     PageMessage,
     Registration,
@@ -38,8 +41,12 @@ from transfer.wire import (
     WorkerState,
     decode_page_request,
     encode,
+    parse_bound_host,
 )
 
+PAGE_BYTES = 1024
+"""What a page of KV is said to take."""
+_HOST = "127.0.0.1"
 DEADLINE_S = 30.0
 """A hand-off or a hang that nobody ends is ended by then."""
 
@@ -71,9 +78,11 @@ class Fault(StrEnum):
 
 
 class Handoffs:
-    """Stands for the transfer between the workers of one process: which rooms were delivered."""
+    """Stands for the transfer between the workers of one process: which rooms were delivered, and who listens."""
 
     def __init__(self) -> None:
+        self.listening: dict[tuple[str, int], FakeWorker] = {}
+        """Prefill workers by their hand-off address."""
         self._rooms: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
 
     def deliver(self, room: int) -> None:
@@ -94,6 +103,10 @@ class Received:
 
 class _Aborted(Exception):
     pass
+
+
+class _Restarted(Exception):
+    """The prefill worker lives another life than the one that a request is meant for."""
 
 
 @dataclass
@@ -126,6 +139,7 @@ class FakeWorker:
     def __post_init__(self) -> None:
         self._held: dict[int, tuple[int, int]] = {}
         self._journal: list[Batch] = []
+        self._totals: dict[HandoffTotals, HandoffTotals] = {}
         self._ended: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._tasks: list[asyncio.Task[None]] = []
         self.gate = asyncio.Event()
@@ -138,16 +152,18 @@ class FakeWorker:
         self._replay = self._context.socket(zmq.ROUTER)
         for bound in (self._publisher, self._replay):
             self.key.secure_server(bound)
-            bound.bind("tcp://127.0.0.1:*")
+            bound.bind(f"tcp://{_HOST}:*")
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/abort_request", self._abort)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, _HOST, 0)
         await site.start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        self._port = self._runner.addresses[0][1]
+        self.url = f"http://{_HOST}:{self._port}"
+        self.handoffs.listening[_HOST, self.handoff_port] = self
         self._tasks.append(asyncio.create_task(self._answer_questions()))
 
     async def stop(self) -> None:
@@ -159,6 +175,11 @@ class FakeWorker:
             ended.set()
         await self._runner.cleanup()
         self._context.destroy(linger=0)
+
+    @property
+    def handoff_port(self) -> int:
+        """Nobody listens there but `Handoffs`; it is a number that no other worker has."""
+        return self._port if self.role == "prefill" else 0
 
     def registration(self, *, leaving: bool = False) -> Registration:
         def address(bound: zmq.asyncio.Socket) -> str:
@@ -172,8 +193,8 @@ class FakeWorker:
             role=self.role,
             state=self.state,
             url=self.url,
-            handoff_host="127.0.0.1" if self.role == "prefill" else "",
-            handoff_port=7000 if self.role == "prefill" else 0,
+            handoff_host=_HOST if self.role == "prefill" else "",
+            handoff_port=self.handoff_port,
             events=address(self._publisher),
             replay=address(self._replay),
             model=self.model,
@@ -185,6 +206,7 @@ class FakeWorker:
             max_context_tokens=self.max_context_tokens,
             sequence=self.sequence,
             held_pages=len(self._held),
+            handoffs=list(self._totals.values()),
             lease_s=self.lease_s,
             leaving=leaving,
         )
@@ -277,6 +299,8 @@ class FakeWorker:
             return await self._respond(request, body)
         except _Aborted:
             return _flat_error(500, "Aborted by AbortReq.")
+        except _Restarted as error:
+            return _flat_error(500, f"KVTransferError: {error}")
 
     async def _respond(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         rid = _rid(body)
@@ -294,6 +318,9 @@ class FakeWorker:
         ids = body.get("input_ids") or body.get("prompt") or []
         ids = ids if isinstance(ids, list) and ids and type(ids[0]) is int else []
         cached = 0
+        began_s = time.monotonic()
+        if self.role != "both":
+            self._check_life(body)
         if self.role != "decode":
             cached = await self._prefill(ids, body)
         if self.role == "prefill":
@@ -301,6 +328,7 @@ class FakeWorker:
             return web.json_response(_answer(self.model, request.path, "x", len(ids), 1, cached))
         if self.role == "decode":
             await self._wait(rid, self.handoffs.delivered(body["bootstrap_room"]))
+            await self._landed(ids, body, began_s)
         if self.fault is Fault.EMPTY:
             return web.Response(content_type="text/event-stream" if body.get("stream") else "application/json")
         count = body.get("max_tokens") or body.get("max_completion_tokens") or 4
@@ -322,15 +350,46 @@ class FakeWorker:
         """Computes the pages that are not there. Cached tokens."""
         if not ids:
             return 0
+        root, pages, held = self._match(ids, body)
+        if held < len(pages):
+            await self.store(pages[held - 1] if held else root, held, pages[held:])
+        return min(held, (len(ids) - 1) // self.page_tokens) * self.page_tokens
+
+    def _match(self, ids: list[int], body: dict[str, Any]) -> tuple[int, list[int], int]:
+        """The prompt's root and its whole pages, and how many of those are here, from the first one on."""
         salt = (body.get("cache_salt") or "") + (body.get("extra_key") or "")
         root = root_id(namespace(self.model, self.revision, salt))
         pages = chain_ids(root, ids, self.page_tokens)
         held = 0
         while held < len(pages) and pages[held] in self._held:
             held += 1
-        if held < len(pages):
-            await self.store(pages[held - 1] if held else root, held, pages[held:])
-        return min(held, (len(ids) - 1) // self.page_tokens) * self.page_tokens
+        return root, pages, held
+
+    def _check_life(self, body: dict[str, Any]) -> None:
+        """Raises _Restarted where the request is meant for another life of its prefill worker."""
+        host, epoch = parse_bound_host(body["bootstrap_host"])
+        prefill = self.handoffs.listening[host, body["bootstrap_port"]]
+        if epoch is not None and epoch != prefill.epoch:
+            raise _Restarted(f"{prefill.name}: restarted: wanted epoch {epoch}, found {prefill.epoch}")
+
+    async def _landed(self, ids: list[int], body: dict[str, Any], began_s: float) -> None:
+        """Counts a hand-off that has ended well, and publishes what it came to."""
+        host, _ = parse_bound_host(body["bootstrap_host"])
+        _, _, held = self._match(ids, body)
+        pages = -(-len(ids) // self.page_tokens) - held
+        ended = Ended(
+            room=body["bootstrap_room"],
+            prefill=self.handoffs.listening[host, body["bootstrap_port"]].name,
+            transport="simulated",
+            pages=pages,
+            moved_bytes=pages * PAGE_BYTES,
+            prefix_tokens=held * self.page_tokens,
+            took_s=time.monotonic() - began_s,
+            reason="",
+        )
+        kind = HandoffTotals.kind(ended)
+        self._totals[kind] = self._totals.get(kind, kind).plus(ended)
+        await self._publisher.send(encode(wire.Handoffs(self.name, self.epoch, [ended])))
 
     async def _stream(
         self, request: web.Request, body: dict[str, Any], prompt_tokens: int, count: int, cached: int

@@ -1,7 +1,8 @@
 """Follow the workers' page events into the index.
 
 For each worker one task, one SUB socket on what it publishes and one DEALER socket
-for questions; `router.sequence` decides what to apply and what to ask. The task lives
+for questions; `router.sequence` decides what to apply and what to ask. What a decode worker says
+of hand-offs that ended comes over the same SUB socket and is passed on. The task lives
 from the worker's first registration in an epoch until the worker is lost, leaves or is
 replaced, and its pages are forgotten then.
 """
@@ -12,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 import zmq
@@ -21,15 +23,18 @@ from router.fleet import FeedMode, Fleet
 from router.index import Index
 from router.sequence import Sequence, Step
 from transfer.auth import ClusterKey
+from transfer.ended import Ended
 from transfer.wire import (
     Batch,
     Cleared,
+    Handoffs,
     PageEvent,
     PageMessage,
     Registration,
     Removed,
     Stored,
     decode_page_message,
+    decode_published,
     encode,
 )
 
@@ -43,6 +48,8 @@ TURN_MESSAGES = 64
 """Messages taken from a socket before requests get their turn again."""
 CLOSE_S = 2.0
 
+Message = TypeVar("Message", PageMessage, Batch | Handoffs)
+
 
 @dataclass(frozen=True)
 class _Feed:
@@ -53,14 +60,23 @@ class _Feed:
 class Follower:
     """Keeps `index` in step with the workers it is told to follow.
 
-    clock_s  seconds of a steady clock
+    clock_s      seconds of a steady clock
+    handed_over  told of every hand-off that a worker says is over
     """
 
-    def __init__(self, key: ClusterKey, index: Index, fleet: Fleet, clock_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        key: ClusterKey,
+        index: Index,
+        fleet: Fleet,
+        clock_s: Callable[[], float],
+        handed_over: Callable[[Ended], None],
+    ) -> None:
         self._key = key
         self._index = index
         self._fleet = fleet
         self._clock_s = clock_s
+        self._handed_over = handed_over
         self._feeds: dict[str, _Feed] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._context = zmq.asyncio.Context()
@@ -124,23 +140,29 @@ class Follower:
             while True:
                 readable = dict(await poller.poll(timeout=int(TICK_S * 1000)))
                 for socket in readable:
-                    for message in await self._received(name, socket):
-                        await self._take(name, sequence, self._next(sequence, message, socket is live), replay)
+                    if socket is live:
+                        for said in await self._received(name, live, decode_published):
+                            await self._take(name, sequence, self._heard(sequence, said), replay)
+                    else:
+                        for part in await self._received(name, replay, decode_page_message):
+                            await self._take(name, sequence, sequence.answered(part, self._clock_s()), replay)
                 await self._take(name, sequence, sequence.tick(self._clock_s()), replay)
         finally:
             live.close(linger=0)
             replay.close(linger=0)
 
-    async def _received(self, name: str, socket: zmq.asyncio.Socket) -> list[PageMessage]:
+    async def _received(
+        self, name: str, socket: zmq.asyncio.Socket, decode: Callable[[bytes], Message]
+    ) -> list[Message]:
         """What has arrived, TURN_MESSAGES at most. The payload is the last frame."""
-        messages: list[PageMessage] = []
+        messages: list[Message] = []
         while len(messages) < TURN_MESSAGES:
             try:
                 frames = await socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
             try:
-                message = decode_page_message(frames[-1])
+                message = decode(frames[-1])
             except msgspec.DecodeError as error:
                 # Whatever it was is missing now, which the sequence will notice.
                 log.warning("page message refused worker=%s bytes=%d error=%s", name, len(frames[-1]), error)
@@ -151,10 +173,12 @@ class Follower:
                 log.warning("page message of another worker wanted=%s found=%s", name, message.worker)
         return messages
 
-    def _next(self, sequence: Sequence, message: PageMessage, live: bool) -> Step:
-        if not live:
-            return sequence.answered(message, self._clock_s())
-        return sequence.live(message, self._clock_s()) if isinstance(message, Batch) else Step()
+    def _heard(self, sequence: Sequence, said: Batch | Handoffs) -> Step:
+        if isinstance(said, Batch):
+            return sequence.live(said, self._clock_s())
+        for ended in said.ended:
+            self._handed_over(ended)
+        return Step()
 
     async def _take(self, name: str, sequence: Sequence, step: Step, replay: zmq.asyncio.Socket) -> None:
         for event in step.events:

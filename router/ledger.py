@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from router.policy import Decision
+from transfer.ended import Ended
 
 KEPT_REQUESTS = 200
 KEPT_S = 15 * 60
@@ -51,6 +52,10 @@ class Record:
     total_s: float | None = None
     outcome: Outcome = Outcome.RUNNING
     error: str | None = None
+    rooms: range = range(0)
+    """Where its pages are handed over, a room for each prompt; none where one worker does both parts."""
+    handoffs: list[Ended] = field(default_factory=list)
+    """Those that are over, as the decode worker told of them."""
 
     @property
     def predicted_cached_tokens(self) -> int:
@@ -87,14 +92,29 @@ class Ledger:
     def __init__(self) -> None:
         self.totals = Counts()
         self._records: OrderedDict[str, Record] = OrderedDict()
+        self._by_room: dict[int, Record] = {}
         self._seconds: deque[tuple[int, Counts]] = deque()
 
     def begin(self, record: Record) -> None:
         """A request was sent to its workers."""
         self._records[record.id] = record
         while len(self._records) > KEPT_REQUESTS:
-            self._records.popitem(last=False)
+            _, oldest = self._records.popitem(last=False)
+            for room in oldest.rooms:
+                self._by_room.pop(room, None)
         self._count(record.at_s, Counts(requests=1))
+
+    def expect(self, record: Record, room: int, prompts: int) -> None:
+        """The request's pages are handed over in this room; those of a batch in as many, counted up from it."""
+        record.rooms = range(room, room + prompts)
+        if self._records.get(record.id) is record:
+            self._by_room |= dict.fromkeys(record.rooms, record)
+
+    def handed_over(self, ended: Ended) -> None:
+        """A hand-off is over. Of a request that is not kept any more, or another router's, nothing is noted."""
+        record = self._by_room.pop(ended.room, None)
+        if record is not None:
+            record.handoffs.append(ended)
 
     def end(self, record: Record, outcome: Outcome, *, now_s: float, steady_s: float, error: str | None = None) -> None:
         """The request is over. Its tokens count as cached only where the engine said so itself."""

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from router.fleet import FeedMode, Fleet
+from router.handoffs import Handoffs
 from router.index import Index
 from router.ledger import Ledger, Record
 
@@ -21,9 +22,11 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 class Metrics:
     """A registry of its own, so that two routers in one process do not meet."""
 
-    def __init__(self, ledger: Ledger, fleet: Fleet, index: Index, clock_s: Callable[[], float]) -> None:
+    def __init__(
+        self, ledger: Ledger, fleet: Fleet, index: Index, handoffs: Handoffs, clock_s: Callable[[], float]
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Collector(ledger, fleet, index, clock_s))
+        self._registry.register(_Collector(ledger, fleet, index, handoffs, clock_s))
         self._ttft = self._histogram("mainstem_time_to_first_token_seconds", "Until the first bytes of a stream")
         self._itl = self._histogram("mainstem_inter_token_seconds", "Mean time between tokens, one value a request")
         self._total = self._histogram("mainstem_request_seconds", "From choice to end")
@@ -44,10 +47,13 @@ class Metrics:
 
 
 class _Collector:
-    def __init__(self, ledger: Ledger, fleet: Fleet, index: Index, clock_s: Callable[[], float]) -> None:
+    def __init__(
+        self, ledger: Ledger, fleet: Fleet, index: Index, handoffs: Handoffs, clock_s: Callable[[], float]
+    ) -> None:
         self._ledger = ledger
         self._fleet = fleet
         self._index = index
+        self._handoffs = handoffs
         self._clock_s = clock_s
 
     def collect(self) -> Iterator[Metric]:
@@ -64,6 +70,7 @@ class _Collector:
         yield GaugeMetricFamily("mainstem_index_bytes", "Memory of the index", value=self._index.bytes)
         yield CounterMetricFamily("mainstem_index_evicted_pages", "Pages dropped", value=self._index.evicted)
         yield from self._workers()
+        yield from self._moved()
 
     def _workers(self) -> Iterator[Metric]:
         labels = ["worker", "role"]
@@ -84,3 +91,24 @@ class _Collector:
             outstanding.add_metric(key, worker.outstanding_uncached_tokens)
             requests.add_metric(key, worker.requests)
         yield from (up, exact, pages, inflight, outstanding, requests)
+
+    def _moved(self) -> Iterator[Metric]:
+        labels = ["prefill", "decode", "transport"]
+        ended = CounterMetricFamily("mainstem_handoffs", "Hand-offs that ended", labels=[*labels, "outcome"])
+        seconds = CounterMetricFamily(
+            "mainstem_handoff_seconds", "From the first word of a hand-off to its end", labels=[*labels, "outcome"]
+        )
+        moved = CounterMetricFamily("mainstem_handoff_bytes", "KV moved", labels=labels)
+        pages = CounterMetricFamily("mainstem_handoff_pages", "Pages moved", labels=labels)
+        prefix = CounterMetricFamily(
+            "mainstem_handoff_prefix_tokens", "Prompt tokens not moved, as decode held them", labels=labels
+        )
+        for decode, totals in self._handoffs:
+            pair = [totals.prefill, decode, totals.transport]
+            ended.add_metric([*pair, totals.outcome], totals.handoffs)
+            seconds.add_metric([*pair, totals.outcome], totals.took_s)
+            if totals.outcome == "ok":
+                moved.add_metric(pair, totals.moved_bytes)
+                pages.add_metric(pair, totals.pages)
+                prefix.add_metric(pair, totals.prefix_tokens)
+        yield from (ended, seconds, moved, pages, prefix)

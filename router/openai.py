@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from router.messages import Json
+from transfer.wire import bound_host
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """A body longer than this is refused."""
@@ -84,6 +85,8 @@ class Handoff:
     host: str
     port: int
     room: int
+    epoch: int
+    """The life of the prefill worker that it is meant for: another one does not know of it, and shall say so."""
 
 
 def read(endpoint: Endpoint, raw: bytes, model: str) -> ClientRequest:
@@ -163,7 +166,7 @@ def leg_body(
     ours["rid"] = rid
     if handoff is not None:
         ours |= {
-            "bootstrap_host": handoff.host,
+            "bootstrap_host": bound_host(handoff.host, handoff.epoch),
             "bootstrap_port": handoff.port,
             "bootstrap_room": handoff.room,
         }

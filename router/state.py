@@ -90,4 +90,22 @@ def _request(record: Record) -> dict[str, Any]:
         "outcome": record.outcome.value,
         "reason": record.reason,
         "error": record.error,
+        "handoff": _handoff(record),
+    }
+
+
+def _handoff(record: Record) -> dict[str, Any] | None:
+    """What was moved for this request, over all of its prompts; None where nothing is known of it (yet)."""
+    if not record.handoffs:
+        return None
+    moved = [ended for ended in record.handoffs if not ended.reason]
+    return {
+        "transport": ", ".join(sorted({ended.transport for ended in record.handoffs if ended.transport})),
+        "moved_bytes": sum(ended.moved_bytes for ended in moved),
+        "pages": sum(ended.pages for ended in moved),
+        "prefix_tokens": sum(ended.prefix_tokens for ended in moved),
+        "took_s": max(ended.took_s for ended in record.handoffs),
+        "ended": len(record.handoffs),
+        "failed": len(record.handoffs) - len(moved),
+        "reason": next((ended.reason for ended in record.handoffs if ended.reason), ""),
     }

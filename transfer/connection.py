@@ -1,8 +1,6 @@
-"""Frames on a TCP socket: messages of `transfer.handoff`, and pages straight from and into a pool.
+"""Frames on a TCP socket: one message of `transfer.handoff` each.
 
-Payloads go through `sendmsg` and `recvmsg_into` with one vector entry for each run
-of pages, so the kernel's copy is the only one. Everything here runs on one event
-loop; waiting for a socket never blocks it.
+Everything here runs on one event loop; waiting for a socket never blocks it.
 """
 
 from __future__ import annotations
@@ -10,12 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Sequence
 
 from transfer import handoff
-
-_IOV_MAX = 1024
-"""Vector entries a system call takes (Linux: UIO_MAXIOV)."""
 
 
 class PeerLost(Exception):
@@ -26,16 +20,17 @@ class Connection:
     """One peer's socket. One task reads; several may send, each frame stays whole."""
 
     def __init__(self, sock: socket.socket, stall_s: float) -> None:
-        """stall_s: a peer that sends nothing, or takes nothing, for so long is lost"""
+        """stall_s: a peer that sends nothing, or takes nothing, for so long is lost (see `expect_signs`)"""
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
         self._stall_s = stall_s
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
+        self._limit_bytes = handoff.MAX_STRANGER_BYTES
 
     @classmethod
-    async def connect(cls, host: str, port: int, timeout_s: float, stall_s: float) -> Connection:
+    async def connect(cls, host: str, port: int, timeout_s: float) -> Connection:
         """Raises PeerLost with the address and the reason, also for an address that is none."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -46,44 +41,45 @@ class Connection:
         except (OSError, ValueError, OverflowError) as error:
             sock.close()
             raise PeerLost(f"{host}:{port}: {str(error) or f'no answer within {timeout_s:g} s'}") from error
-        return cls(sock, stall_s)
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock, timeout_s)
 
-    async def send(self, message: handoff.Message, payload: Sequence[memoryview] = ()) -> None:
-        """One frame. Raises PeerLost."""
-        body = handoff.encode(message)
-        header = handoff.FRAME.pack(len(body), sum(view.nbytes for view in payload))
+    def trust(self) -> None:
+        """The peer has proved that it holds the cluster's key: from now on long messages are taken."""
+        self._limit_bytes = handoff.MAX_MESSAGE_BYTES
+
+    def expect_signs(self, stall_s: float) -> None:
+        """The handshake is over, and the peer gives signs of life: without any for so long, it is lost."""
+        self._stall_s = stall_s
+
+    async def send(self, *messages: handoff.Message) -> None:
+        """One frame for each, together. Raises PeerLost."""
+        bodies = [handoff.encode(message) for message in messages]
+        data = b"".join(part for body in bodies for part in (handoff.FRAME.pack(len(body)), body))
         async with self._sending:
-            await self._send_views([memoryview(header + body), *payload])
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    await self._loop.sock_sendall(self._socket, data)
+            except OSError as error:
+                raise PeerLost(str(error) or self._silence) from error
 
-    async def receive(self) -> tuple[handoff.Message, int]:
-        """The next message, and the bytes of payload that follow it: read them before the next call.
-
-        Raises PeerLost.
-        """
-        header = await self.receive_bytes(handoff.FRAME.size)
-        message_bytes, payload_bytes = handoff.FRAME.unpack(header)
-        if message_bytes > handoff.MAX_MESSAGE_BYTES:
-            raise PeerLost(f"frame: wanted at most {handoff.MAX_MESSAGE_BYTES} bytes, found {message_bytes}")
-        body = await self.receive_bytes(message_bytes)
+    async def receive(self) -> handoff.Message:
+        """The next message. Raises PeerLost."""
+        (size_bytes,) = handoff.FRAME.unpack(await self._receive_bytes(handoff.FRAME.size))
+        if size_bytes > self._limit_bytes:
+            raise PeerLost(f"frame: wanted at most {self._limit_bytes} bytes, found {size_bytes}")
+        body = await self._receive_bytes(size_bytes)
         try:
-            return handoff.decode(body), payload_bytes
-        except handoff.DecodeError as error:
+            message: handoff.Message = handoff.decode(body)
+            return message
+        except handoff.DECODE_ERRORS as error:
             raise PeerLost(f"frame: {error}") from error
 
-    async def receive_into(self, views: Sequence[memoryview]) -> None:
-        """Fills these views, in order, with the payload. Raises PeerLost."""
-        left = [view for view in views if view.nbytes]
-        while left:
-            try:
-                received = self._socket.recvmsg_into(left[:_IOV_MAX])[0]
-            except BlockingIOError:
-                await self._ready(self._loop.add_reader, self._loop.remove_reader)
-                continue
-            except OSError as error:
-                raise PeerLost(str(error)) from error
-            if received == 0:
-                raise PeerLost("connection closed in the middle of a frame")
-            left = _after(left, received)
+    def detach(self) -> socket.socket:
+        """The socket, for whoever goes on with it. Nothing that the peer sent after the last message is lost."""
+        return self._socket
 
     def cut(self) -> None:
         """Ends the connection for both sides; whoever waits on it here finds PeerLost at once."""
@@ -94,8 +90,7 @@ class Connection:
         """Gives the descriptor back. For the task that reads: another one's wait would not end."""
         self._socket.close()
 
-    async def receive_bytes(self, size_bytes: int) -> bytearray:
-        """So many bytes, for what has no place of its own, or no place any more. Raises PeerLost."""
+    async def _receive_bytes(self, size_bytes: int) -> bytearray:
         data = bytearray(size_bytes)
         view = memoryview(data)
         while view.nbytes:
@@ -109,46 +104,6 @@ class Connection:
             view = view[received:]
         return data
 
-    async def _send_views(self, views: list[memoryview]) -> None:
-        left = [view for view in views if view.nbytes]
-        while left:
-            try:
-                sent = self._socket.sendmsg(left[:_IOV_MAX])
-            except BlockingIOError:
-                await self._ready(self._loop.add_writer, self._loop.remove_writer)
-                continue
-            except OSError as error:
-                raise PeerLost(str(error)) from error
-            left = _after(left, sent)
-
-    async def _ready(self, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
-        ready: asyncio.Future[None] = self._loop.create_future()
-        descriptor = self._socket.fileno()
-        if descriptor < 0:
-            raise PeerLost("connection closed")
-        add(descriptor, _settle, ready)
-        try:
-            async with asyncio.timeout(self._stall_s):
-                await ready
-        except TimeoutError as error:
-            raise PeerLost(self._silence) from error
-        finally:
-            remove(descriptor)
-
     @property
     def _silence(self) -> str:
         return f"silent for {self._stall_s:g} s"
-
-
-def _settle(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
-
-
-def _after(views: list[memoryview], done_bytes: int) -> list[memoryview]:
-    """What is left of `views` when their first `done_bytes` are dealt with."""
-    for index, view in enumerate(views):
-        if done_bytes < view.nbytes:
-            return [view[done_bytes:], *views[index + 1 :]]
-        done_bytes -= view.nbytes
-    return []

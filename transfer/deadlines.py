@@ -11,10 +11,10 @@ class Deadlines:
 
     connect_s: float = 5.0
     """To reach a prefill worker and finish the handshake."""
-    ping_s: float = 1.0
+    ping_s: float = 0.5
     """Between two signs of life on an idle connection."""
-    silence_s: float = 10.0
-    """A peer that says nothing for so long, or takes nothing, is lost; also in the middle of a chunk."""
+    silence_s: float = 2.5
+    """A peer that says nothing for so long, or takes nothing, is lost."""
     queue_s: float = 300.0
     """A request that prefill has, and for which decode has found no pages after so long, fails."""
     handoff_s: float = 60.0

@@ -1,21 +1,24 @@
 """What prefill and decode say to each other on a hand-off connection.
 
-Decode connects to prefill. Both prove that they hold the cluster's key, describe
-their pools, and prefill chooses the transport: the first of decode's offers that it
-can reach.
+Decode connects to prefill. Both prove that they hold the cluster's key and describe their
+pools; then decode offers transports, the preferred one first, until prefill reaches one.
 
     prefill ── Challenge ──────────────────> decode
-    decode  ── Hello(proof, pool, offers) ─> prefill
-    prefill ── Welcome(proof, transport) ──> decode           or Refused(reason), then it closes
+    decode  ── Hello(proof, pool, names) ──> prefill
+    prefill ── Welcome(proof, names) ──────> decode           or Refused(reason), then it closes
+    decode  ── Offer(transport, address) ──> prefill
+    prefill ── Reached ────────────────────> decode           or NotReached(reason): decode offers the next
     decode  ── Grant(room, pages) ─────────> prefill          where this request's pages shall go
-    prefill ── Chunk(room, …) [+ pages] ───> decode           written (shm), or following the frame (tcp)
-    prefill ── Last(room, …) + aux rows ───> decode           the first token and its company
+    prefill ── Chunk(room, count) ─────────> decode           so many pages are about to be written
+    prefill ── Last(room, pages, rows) ────> decode           all are written; the first token and its company
     decode  ── Ack(room) ──────────────────> prefill          this, and only this, is success
     either  ── Stop(room, reason) ─────────> the other        answered by Stopped(room): no write follows
     both    ── Ping ───────────────────────> the other        silence for too long is a lost peer
 
-A frame is a length (uint32), the length of the payload behind it (uint64), the message in
-msgpack, the payload.
+A transport may ask for more connections to the same port. They begin with a Challenge too, go on
+with Lane(proof, token) and LaneOpen(proof), and belong to the transport from there on.
+
+A frame is a length (uint32) and a message of that length in msgpack.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ import struct
 import msgspec
 
 from transfer.layout import PoolLayout
-from transfer.pool import SharedAddress
 
-VERSION = 1
-FRAME = struct.Struct("<IQ")
-MAX_MESSAGE_BYTES = 1 << 20
-"""A longer message is a broken or hostile peer; payloads (pages) are not counted."""
+VERSION = 2
+FRAME = struct.Struct("<I")
+MAX_STRANGER_BYTES = 1 << 16
+"""A longer message from a peer that has not proved yet who it is ends the connection."""
+MAX_MESSAGE_BYTES = 1 << 26
+"""A longer message from any peer does. A grant takes 4 bytes for each page of a prompt."""
 NONCE_BYTES = 32
 
 
@@ -47,7 +51,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     epoch: int
     layout: PoolLayout
     transports: tuple[str, ...]
-    shared: SharedAddress | None
+    """The preferred one first."""
 
     def signed(self) -> bytes:
         """The bytes that the proof covers: all but the proof."""
@@ -58,13 +62,37 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
     proof: bytes
     worker: str
     epoch: int
-    transport: str
-    reason: str
-    """Why not a transport that decode preferred; empty where the first one was taken."""
+    transports: tuple[str, ...]
+    """Those of Hello that prefill has too, in the same order."""
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
     reason: str
+
+
+class Offer(msgspec.Struct, frozen=True, array_like=True, tag="offer"):
+    transport: str
+    address: bytes
+    """What `transfer.transport.Landing.describe` says; only the transport understands it."""
+
+
+class Reached(msgspec.Struct, frozen=True, array_like=True, tag="reached"):
+    pass
+
+
+class NotReached(msgspec.Struct, frozen=True, array_like=True, tag="not-reached"):
+    reason: str
+
+
+class Lane(msgspec.Struct, frozen=True, array_like=True, tag="lane"):
+    nonce: bytes
+    proof: bytes
+    token: bytes
+    """Under which the transport's route finds this connection."""
+
+
+class LaneOpen(msgspec.Struct, frozen=True, array_like=True, tag="lane-open"):
+    proof: bytes
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, tag="grant"):
@@ -77,15 +105,16 @@ class Grant(msgspec.Struct, frozen=True, array_like=True, tag="grant"):
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, tag="chunk"):
     room: int
-    first: int
-    """Index of the chunk's first page in the granted list."""
     count: int
+    """Pages, the next ones of the granted list."""
 
 
 class Last(msgspec.Struct, frozen=True, array_like=True, tag="last"):
     room: int
     pages: int
-    """Pages sent in all: decode checks it against what it granted."""
+    """Pages written in all: decode checks it against what it granted."""
+    rows: list[bytes]
+    """The request's row of each auxiliary buffer."""
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):
@@ -105,9 +134,26 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
     pass
 
 
-Message = Challenge | Hello | Welcome | Refused | Grant | Chunk | Last | Ack | Stop | Stopped | Ping
+Message = (
+    Challenge
+    | Hello
+    | Welcome
+    | Refused
+    | Offer
+    | Reached
+    | NotReached
+    | Lane
+    | LaneOpen
+    | Grant
+    | Chunk
+    | Last
+    | Ack
+    | Stop
+    | Stopped
+    | Ping
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Message).decode
-DecodeError = msgspec.MsgspecError
-"""What `decode` raises for bytes that are no message."""
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What `decode` raises for bytes that are no message: also for text that is none, and for lists in lists in lists."""

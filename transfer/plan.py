@@ -6,6 +6,7 @@ runs           (4 -> 1, 3 pages), (9 -> 4, 1 page)
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -33,6 +34,24 @@ def runs(source: Pages, destination: Pages) -> list[Run]:
     breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(destination) != 1)) + 1
     starts = np.concatenate(([0], breaks, [len(source)]))
     return [Run(int(source[start]), int(destination[start]), int(end - start)) for start, end in pairwise(starts)]
+
+
+def pieces(planned: Sequence[Run], most_pages: int) -> Iterator[list[Run]]:
+    """The same runs in lists of at most so many pages each, in order; a long run is cut."""
+    piece: list[Run] = []
+    room = most_pages
+    for run in planned:
+        done = 0
+        while done < run.pages:
+            count = min(room, run.pages - done)
+            piece.append(Run(run.source + done, run.destination + done, count))
+            done += count
+            room -= count
+            if room == 0:
+                yield piece
+                piece, room = [], most_pages
+    if piece:
+        yield piece
 
 
 def check_range(pages: Pages, limit: int) -> None:

@@ -2,9 +2,8 @@
 
 SGLang's own tensors live in the mapping (`SharedArena.allocate`), so a page that a
 peer writes is where the decode kernel reads it, and nobody copies it again. The
-mapping is a memfd: it has no name, no size limit but memory, and is gone with the
-last process that maps it, also after kill -9. A peer of the same user and host
-opens it through /proc and proves it by a token at its start.
+mapping is a memfd (transfer/memfd.py). A peer of the same user and host opens it
+through /proc, and knows it by a token at its start.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from transfer import memfd
 from transfer.layout import PoolLayout
 from transfer.plan import Run
 
@@ -83,8 +83,7 @@ class _Mapping:
         for size in sizes_bytes:
             offsets.append(end)
             end += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        descriptor = os.memfd_create("mainstem-kv", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, end)
+        descriptor = memfd.create("mainstem-kv", end)
         memory = mmap.mmap(descriptor, end)
         token = secrets.token_bytes(TOKEN_BYTES)
         memory[:TOKEN_BYTES] = token
@@ -100,7 +99,7 @@ class _Mapping:
 
     @property
     def path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self.descriptor}"
+        return memfd.path_of(self.descriptor)
 
 
 class Pool:
@@ -132,12 +131,10 @@ class Pool:
     def open_shared(cls, layout: PoolLayout, address: SharedAddress) -> Self:
         """A peer's pool, mapped here. Raises NotShared, with the reason, where it cannot be reached."""
         try:
-            descriptor = os.open(address.path, os.O_RDWR | os.O_CLOEXEC)
-        except (OSError, ValueError) as error:
-            raise NotShared(f"{address.path}: {error}") from error
+            descriptor = memfd.open_at(address.path, address.size_bytes)
+        except memfd.NoMemory as error:
+            raise NotShared(str(error)) from error
         try:
-            if os.fstat(descriptor).st_size != address.size_bytes:
-                raise NotShared(f"{address.path}: wanted {address.size_bytes} bytes, found another size")
             if os.pread(descriptor, TOKEN_BYTES, 0) != address.token:
                 raise NotShared(f"{address.path}: not the peer's memory")
             memory = mmap.mmap(descriptor, address.size_bytes)

@@ -3,25 +3,23 @@
     scheduler's thread              the courier's thread
     open(room, host, port)     ──>  one connection for each prefill worker, made when first needed
                                <──  connected and its pages fit: state is READY
-    grant(room, pages, row)    ──>  Grant is sent
-                               <──  Last arrives, all pages counted, aux rows written: Ack is sent, state is DONE
-    fail(room, reason)         ──>  Stop is sent; FENCING until Stopped, only then FAILED
+    grant(room, pages, row)    ──>  Grant is said
+                               <──  Last arrives, all pages are in place, rows written: Ack is said, state is DONE
+    fail(room, reason)         ──>  Stop is said; STOPPING until Stopped, FENCING until nothing can land, then FAILED
 
-A lost connection fails its rooms at once, and is made anew for the next request:
-nothing remembers that the peer once failed.
+A lost connection fails its rooms at once, and is made anew for the next request: nothing
+remembers that the peer once failed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
-import secrets
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import msgspec
 import numpy as np
 
 from transfer import handoff
@@ -29,9 +27,12 @@ from transfer.auth import ClusterKey
 from transfer.connection import Connection, PeerLost
 from transfer.courier import Courier
 from transfer.deadlines import Deadlines
-from transfer.plan import Pages, check_range, runs
-from transfer.pool import Pool, SharedAddress
-from transfer.session import TERMINAL, Event, IllegalEvent, ReceiverState, next_receiver
+from transfer.ended import Ended
+from transfer.handshake import Identity, introduce, offer, open_lane
+from transfer.plan import Pages, check_range
+from transfer.pool import Pool
+from transfer.session import TERMINAL, Act, Event, IllegalEvent, ReceiverState, next_receiver
+from transfer.transport import Landing, RouteLost, Transport
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +40,18 @@ Address = tuple[str, int]
 
 
 class _Incoming:
-    """One room, as decode sees it. Guarded by the receiver's lock."""
+    """One room, as decode sees it. Changed under the receiver's lock only."""
 
-    def __init__(self, address: Address, now_s: float, connect_s: float) -> None:
+    def __init__(self, address: Address, epoch: int | None, now_s: float, connect_s: float) -> None:
         self.state = ReceiverState.CONNECTING
         self.address = address
+        self.epoch = epoch
         self.peer: _Peer | None = None
         self.pages: Pages = np.empty(0, np.int32)
+        self.prefix_tokens = 0
         self.aux_row = 0
-        self.landed_pages = 0
+        self.rows: list[bytes] = []
+        self.coming_pages = 0
         self.reason = ""
         self.began_s = now_s
         self.deadline_s: float | None = now_s + connect_s
@@ -58,12 +62,44 @@ class _Incoming:
 class _Peer:
     """One prefill worker that is connected."""
 
-    def __init__(self, connection: Connection, welcome: handoff.Welcome) -> None:
-        self.connection = connection
+    def __init__(self, address: Address, welcome: handoff.Welcome, connection: Connection) -> None:
+        self.address = address
         self.name = welcome.worker
         self.epoch = welcome.epoch
-        self.transport = welcome.transport
+        self.connection = connection
         self.outbox: asyncio.Queue[handoff.Message] = asyncio.Queue()
+        self.transport: str
+        self.landing: Landing
+
+
+class _Wire:
+    """What a landing may ask of its peer's connection (transfer.transport.Wire)."""
+
+    def __init__(self, peer: _Peer, key: ClusterKey, deadlines: Deadlines, courier: Courier) -> None:
+        self._peer = peer
+        self._key = key
+        self._deadlines = deadlines
+        self._courier = courier
+
+    async def dial(self, token: bytes) -> socket.socket:
+        deadlines = self._deadlines
+        try:
+            lane = await Connection.connect(*self._peer.address, deadlines.connect_s)
+        except PeerLost as error:
+            raise RouteLost(str(error)) from error
+        try:
+            await open_lane(lane, self._key, token)
+        except PeerLost as error:
+            lane.close()
+            raise RouteLost(str(error)) from error
+        except BaseException:
+            lane.close()
+            raise
+        return lane.detach()
+
+    def broken(self, reason: str) -> None:
+        log.info("transport broken worker=%s reason=%s", self._peer.name, reason)
+        self._courier.call(self._peer.connection.cut)
 
 
 class Receiver:
@@ -75,21 +111,19 @@ class Receiver:
         aux: Pool,
         key: ClusterKey,
         *,
-        shared: SharedAddress | None,
         worker: str,
         epoch: int,
-        transports: tuple[str, ...],
+        transports: Sequence[Transport],
         deadlines: Deadlines,
+        on_end: Callable[[Ended], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pool = pool
+        """on_end: told of every room's end, on the courier's thread"""
+        self._me = Identity(worker, epoch, key, pool.layout)
         self._aux = aux
-        self._key = key
-        self._shared = shared
-        self._worker = worker
-        self._epoch = epoch
         self._transports = transports
         self._deadlines = deadlines
+        self._on_end = on_end
         self._clock = clock
         self._lock = threading.Lock()
         self._rooms: dict[int, _Incoming] = {}
@@ -103,12 +137,15 @@ class Receiver:
 
     # What the scheduler's thread calls.
 
-    def open(self, room: int, host: str, port: int) -> bool:
-        """A request will get its pages from the prefill worker at this address. False: another request has the room."""
+    def open(self, room: int, host: str, port: int, epoch: int | None = None) -> bool:
+        """A request will get its pages from the prefill worker at this address. False: another request has the room.
+
+        epoch  the life of that worker for which the request is bound; another one fails it. None: any
+        """
         with self._lock:
             if room in self._rooms:
                 return False
-            self._rooms[room] = _Incoming((host, port), self._clock(), 2 * self._deadlines.connect_s)
+            self._rooms[room] = _Incoming((host, port), epoch, self._clock(), 2 * self._deadlines.connect_s)
         self._courier.call(self._attach, room)
         return True
 
@@ -121,21 +158,18 @@ class Receiver:
 
         Does nothing for a room that has failed meanwhile: its state says so. Raises ValueError for a page that is none.
         """
-        pages = np.ascontiguousarray(pages, np.dtype("<i4"))
-        check_range(pages, self._pool.layout.pages)
+        pages = np.array(pages, np.dtype("<i4"))
+        check_range(pages, self._me.layout.pages)
         with self._lock:
             incoming = self._rooms.get(room)
             if incoming is None or incoming.state in TERMINAL:
                 return
+            incoming.pages, incoming.aux_row, incoming.prefix_tokens = pages, aux_row, prefix_tokens
+            incoming.deadline_s = self._clock() + self._deadlines.handoff_s
             try:
-                self._advance(room, Event.GRANTED)
+                self._step(room, incoming, Event.GRANTED)
             except IllegalEvent as error:
                 self._fail(room, incoming, str(error))
-                return
-            incoming.pages, incoming.aux_row = pages, aux_row
-            incoming.deadline_s = self._clock() + self._deadlines.handoff_s
-            assert incoming.peer is not None, "a ready room has a peer"
-            self._courier.call(incoming.peer.outbox.put_nowait, handoff.Grant(room, pages.tobytes(), prefix_tokens))
 
     def fail(self, room: int, reason: str) -> None:
         """This side gives the room up. Its pages may be used again once the state is FAILED, not before."""
@@ -151,36 +185,63 @@ class Receiver:
             if incoming is None:
                 return
             incoming.released = True
+            if incoming.state not in TERMINAL:
+                self._fail(room, incoming, "decode gave the request up")
             if incoming.state in TERMINAL:
                 del self._rooms[room]
-            else:
-                self._fail(room, incoming, "decode gave the request up")
 
     def state(self, room: int) -> ReceiverState:
         """FAILED for a room that is not known (any more)."""
-        with self._lock:
-            incoming = self._rooms.get(room)
-            return incoming.state if incoming is not None else ReceiverState.FAILED
+        incoming = self._rooms.get(room)
+        return incoming.state if incoming is not None else ReceiverState.FAILED
 
     def reason(self, room: int) -> str:
         """Why the room failed; empty where it did not."""
-        with self._lock:
-            incoming = self._rooms.get(room)
-            return incoming.reason if incoming is not None else ""
+        incoming = self._rooms.get(room)
+        return incoming.reason if incoming is not None else ""
 
     # State, always under the lock.
 
-    def _advance(self, room: int, event: Event) -> _Incoming:
-        incoming = self._rooms[room]
-        incoming.state = next_receiver(incoming.state, event)
-        return incoming
+    def _step(self, room: int, incoming: _Incoming, event: Event) -> None:
+        """Raises IllegalEvent."""
+        before = incoming.state
+        step = next_receiver(before, event)
+        incoming.state = step.state
+        if step.state in TERMINAL and before not in TERMINAL and self._on_end is not None:
+            self._courier.call(self._on_end, self._account(room, incoming))
+        peer = incoming.peer
+        if step.act is None or peer is None:
+            return
+        match step.act:
+            case Act.SAY_GRANT:
+                self._courier.call(self._expect, peer, room, incoming.pages, incoming.prefix_tokens)
+            case Act.SAY_STOP:
+                self._courier.call(peer.outbox.put_nowait, handoff.Stop(room, incoming.reason))
+            case Act.SAY_ACK:
+                self._courier.call(peer.outbox.put_nowait, handoff.Ack(room))
+            case Act.AWAIT_LANDED:
+                self._courier.call(lambda: self._courier.spawn(self._land(peer, room, incoming)))
+            case Act.FENCE:
+                self._courier.call(lambda: self._courier.spawn(self._fence(peer, room, incoming)))
 
-    def _fail(self, room: int, incoming: _Incoming, reason: str) -> None:
+    def _fail(self, room: int, incoming: _Incoming, reason: str, event: Event = Event.FAILED) -> None:
         incoming.reason = incoming.reason or reason
-        self._advance(room, Event.FAILED)
-        incoming.deadline_s = self._clock() + self._deadlines.fence_s
-        if incoming.peer is not None:
-            self._courier.call(incoming.peer.outbox.put_nowait, handoff.Stop(room, reason))
+        if incoming.state not in (ReceiverState.STOPPING, ReceiverState.FENCING):
+            incoming.deadline_s = self._clock() + self._deadlines.fence_s
+        self._step(room, incoming, event)
+
+    def _account(self, room: int, incoming: _Incoming) -> Ended:
+        peer, done = incoming.peer, incoming.state is ReceiverState.DONE
+        return Ended(
+            room=room,
+            prefill=peer.name if peer else "",
+            transport=peer.transport if peer else "",
+            pages=len(incoming.pages),
+            moved_bytes=len(incoming.pages) * self._me.layout.bytes_per_page if done else 0,
+            prefix_tokens=incoming.prefix_tokens,
+            took_s=self._clock() - incoming.began_s,
+            reason=incoming.reason,
+        )
 
     # The courier's thread.
 
@@ -191,14 +252,23 @@ class Receiver:
             if incoming is None or incoming.state is not ReceiverState.CONNECTING:
                 return
             peer = self._peers.get(incoming.address)
-            if peer is not None:
-                incoming.peer, incoming.deadline_s = peer, None
-                self._advance(room, Event.CONNECTED)
+            # The router may know of a later life than the one that is connected here: then that is looked for.
+            if peer is not None and (incoming.epoch is None or incoming.epoch <= peer.epoch):
+                self._connected(room, incoming, peer)
                 return
             address = incoming.address
         if address not in self._connecting:
             self._connecting.add(address)
             self._courier.spawn(self._follow(address))
+
+    def _connected(self, room: int, incoming: _Incoming, peer: _Peer) -> None:
+        """Under the lock."""
+        if incoming.epoch is not None and incoming.epoch != peer.epoch:
+            reason = f"prefill worker {peer.name} was restarted: wanted epoch {incoming.epoch}, found {peer.epoch}"
+            self._fail(room, incoming, reason, Event.REPLACED)
+            return
+        incoming.peer, incoming.deadline_s = peer, None
+        self._step(room, incoming, Event.CONNECTED)
 
     async def _follow(self, address: Address) -> None:
         """One connection's life, from the first attempt to its end, whatever ends it."""
@@ -206,23 +276,50 @@ class Receiver:
         try:
             peer = await self._connect(address)
             reason = ""
-        except (PeerLost, TimeoutError) as error:
+        except (PeerLost, RouteLost, TimeoutError) as error:
             reason = str(error) or f"no handshake within {self._deadlines.connect_s:g} s"
             log.warning("prefill worker not reached address=%s:%d reason=%s", *address, reason)
             return
         finally:
             self._connecting.discard(address)
             if reason:
-                self._lose(address, f"cannot reach the prefill worker at {address[0]}:{address[1]}: {reason}")
-        await self._stay(address, peer)
+                self._not_reached(address, f"cannot reach the prefill worker at {address[0]}:{address[1]}: {reason}")
+        await self._stay(peer)
 
-    async def _stay(self, address: Address, peer: _Peer) -> None:
+    async def _connect(self, address: Address) -> _Peer:
+        deadlines = self._deadlines
+        connection = await Connection.connect(*address, deadlines.connect_s)
+        try:
+            async with asyncio.timeout(deadlines.connect_s):
+                welcome = await introduce(connection, self._me, self._transports)
+                peer = _Peer(address, welcome, connection)
+                wire = _Wire(peer, self._me.key, deadlines, self._courier)
+                peer.transport, peer.landing, why = await offer(connection, welcome, self._transports, wire)
+                connection.expect_signs(deadlines.silence_s)
+        except BaseException:
+            connection.close()
+            raise
+        log.info(
+            "connected to prefill worker worker=%s epoch=%d transport=%s%s",
+            peer.name,
+            peer.epoch,
+            peer.transport,
+            f" because {why}" if why else "",
+        )
+        return peer
+
+    async def _stay(self, peer: _Peer) -> None:
         with self._lock:
-            self._peers[address] = peer
-            waiting = [room for room, incoming in self._rooms.items() if incoming.address == address]
-        log.info("connected to prefill worker worker=%s epoch=%d transport=%s", peer.name, peer.epoch, peer.transport)
-        for room in waiting:
-            self._attach(room)
+            before = self._peers.get(peer.address)
+            for room, incoming in self._waiting(peer.address):
+                self._connected(room, incoming, peer)
+            if before is None or before.epoch < peer.epoch:
+                self._peers[peer.address] = peer
+        if before is not None:
+            if self._peers[peer.address] is before:
+                await self._part(peer, "no later life than the one that is connected")
+                return
+            before.connection.cut()
         writer = self._courier.spawn(self._write(peer))
         reason = "this side failed"
         try:
@@ -231,57 +328,31 @@ class Receiver:
             reason = str(error)
         finally:
             log.warning("prefill worker lost worker=%s epoch=%d reason=%s", peer.name, peer.epoch, reason)
-            with self._lock:
-                del self._peers[address]
-            self._lose(address, f"lost prefill worker {peer.name}: {reason}")
             writer.cancel()
-            peer.connection.close()
+            await self._part(peer, reason)
 
-    async def _connect(self, address: Address) -> _Peer:
-        deadlines = self._deadlines
-        connection = await Connection.connect(*address, deadlines.connect_s, deadlines.silence_s)
-        try:
-            async with asyncio.timeout(deadlines.connect_s):
-                return await self._handshake(connection)
-        except (PeerLost, TimeoutError):
-            connection.close()
-            raise
-
-    async def _handshake(self, connection: Connection) -> _Peer:
-        challenge, _ = await connection.receive()
-        if not isinstance(challenge, handoff.Challenge):
-            raise PeerLost(f"handshake: wanted Challenge, found {type(challenge).__name__}")
-        nonce = secrets.token_bytes(handoff.NONCE_BYTES)
-        hello = handoff.Hello(
-            version=handoff.VERSION,
-            nonce=nonce,
-            proof=b"",
-            worker=self._worker,
-            epoch=self._epoch,
-            layout=self._pool.layout,
-            transports=self._transports,
-            shared=self._shared,
-        )
-        proof = self._key.mac("handoff-decode", challenge.nonce, nonce, hello.signed())
-        await connection.send(msgspec.structs.replace(hello, proof=proof))
-        answer, _ = await connection.receive()
-        if isinstance(answer, handoff.Refused):
-            raise PeerLost(f"refused: {answer.reason}")
-        if not isinstance(answer, handoff.Welcome):
-            raise PeerLost(f"handshake: wanted Welcome, found {type(answer).__name__}")
-        if not hmac.compare_digest(self._key.mac("handoff-prefill", nonce, challenge.nonce), answer.proof):
-            raise PeerLost("proof: wanted one made with this cluster's key")
-        return _Peer(connection, answer)
+    async def _part(self, peer: _Peer, reason: str) -> None:
+        """Ends a connection, and its rooms as soon as none of it can land any more."""
+        peer.connection.close()
+        with self._lock:
+            if self._peers.get(peer.address) is peer:
+                del self._peers[peer.address]
+            self._tell(peer, Event.LOST, f"lost prefill worker {peer.name}: {reason}")
+        await peer.landing.disconnect()
+        with self._lock:
+            self._tell(peer, Event.CLEAR, "")
 
     async def _write(self, peer: _Peer) -> None:
         try:
             while True:
                 try:
                     async with asyncio.timeout(self._deadlines.ping_s):
-                        message = await peer.outbox.get()
+                        messages = [await peer.outbox.get()]
                 except TimeoutError:
-                    message = handoff.Ping()
-                await peer.connection.send(message)
+                    messages = [handoff.Ping()]
+                while not peer.outbox.empty():
+                    messages.append(peer.outbox.get_nowait())
+                await peer.connection.send(*messages)
         except PeerLost as error:
             log.info("write failed worker=%s reason=%s", peer.name, error)
         finally:
@@ -290,103 +361,106 @@ class Receiver:
 
     async def _read(self, peer: _Peer) -> None:
         while True:
-            message, payload_bytes = await peer.connection.receive()
+            message = await peer.connection.receive()
             try:
-                await self._take(peer, message, payload_bytes)
+                with self._lock:
+                    self._take(peer, message)
             except (IllegalEvent, ValueError) as error:
                 raise PeerLost(str(error)) from error
 
-    async def _take(self, peer: _Peer, message: handoff.Message, payload_bytes: int) -> None:
+    def _take(self, peer: _Peer, message: handoff.Message) -> None:
         match message:
-            case handoff.Chunk(room, first, count):
-                await self._chunk(peer, room, first, count, payload_bytes)
-            case handoff.Last(room, pages):
-                await self._last(peer, room, pages, payload_bytes)
-            case handoff.Stop(room, reason):
-                self._stopped(peer, room, f"prefill worker {peer.name}: {reason}")
-                peer.outbox.put_nowait(handoff.Stopped(room))
-            case handoff.Stopped(room):
-                self._stopped(peer, room, "stopped")
             case handoff.Ping():
-                pass
+                return
+            case handoff.Chunk() | handoff.Last() | handoff.Stop() | handoff.Stopped():
+                room = message.room
             case _:
-                raise PeerLost(f"message: wanted Chunk, Last, Stop or Ping, found {type(message).__name__}")
+                raise ValueError(f"message: wanted Chunk, Last, Stop or Ping, found {type(message).__name__}")
+        incoming = self._rooms.get(room)
+        if incoming is None or incoming.peer is not peer:
+            return  # Over and forgotten; or never this peer's, and then nothing of it is changed.
+        match message:
+            case handoff.Chunk(_, count):
+                incoming.coming_pages += count
+                self._step(room, incoming, Event.COMING)
+                peer.landing.coming(room)
+            case handoff.Last():
+                self._last(room, incoming, message)
+            case handoff.Stop(_, reason):
+                self._fail(room, incoming, f"prefill worker {peer.name}: {reason}", Event.STOPPED)
+            case handoff.Stopped():
+                self._step(room, incoming, Event.STOPPED)
 
-    async def _chunk(self, peer: _Peer, room: int, first: int, count: int, payload_bytes: int) -> None:
-        incoming = self._granted_to(peer, room)
-        if incoming is None:
-            await peer.connection.receive_bytes(payload_bytes)
+    def _last(self, room: int, incoming: _Incoming, last: handoff.Last) -> None:
+        if tuple(map(len, last.rows)) != self._aux.layout.page_bytes:
+            found = ", ".join(str(len(row)) for row in last.rows)
+            raise ValueError(f"last: wanted rows of {self._aux.layout.page_bytes} bytes, found {found}")
+        if not last.pages == incoming.coming_pages == len(incoming.pages):
+            granted, found_pages = len(incoming.pages), f"{last.pages} written of {incoming.coming_pages} announced"
+            self._fail(room, incoming, f"pages: wanted {granted}, found {found_pages}")
             return
-        pages = incoming.pages[first : first + count]
-        if len(pages) != count or first != incoming.landed_pages:
-            raise ValueError(f"chunk: wanted pages from {incoming.landed_pages} on, found {count} from {first}")
-        if peer.transport == "tcp":
-            if payload_bytes != count * self._pool.layout.bytes_per_page:
-                raise ValueError(f"chunk: wanted {count} pages, found {payload_bytes} bytes")
-            landing = [(run.destination, run.pages) for run in runs(pages, pages)]
-            await peer.connection.receive_into(self._pool.views(landing))
-        with self._lock:
-            incoming.landed_pages += count
-            self._advance(room, Event.CHUNK)
+        incoming.rows = last.rows
+        self._step(room, incoming, Event.LAST)
 
-    async def _last(self, peer: _Peer, room: int, pages: int, payload_bytes: int) -> None:
-        rows = await peer.connection.receive_bytes(payload_bytes)
-        incoming = self._granted_to(peer, room)
-        if incoming is None:
-            return
-        if payload_bytes != self._aux.layout.bytes_per_page:
-            raise ValueError(f"last: wanted {self._aux.layout.bytes_per_page} bytes of rows, found {payload_bytes}")
-        with self._lock:
-            if incoming.state is ReceiverState.FENCING:
-                return
-            if not pages == incoming.landed_pages == len(incoming.pages):
-                granted, landed = len(incoming.pages), incoming.landed_pages
-                self._fail(room, incoming, f"pages: wanted {granted}, found {landed} landed of {pages} sent")
-                return
-            start = 0
-            for view in self._aux.views([(incoming.aux_row, 1)]):
-                view[:] = rows[start : start + view.nbytes]
-                start += view.nbytes
-            self._advance(room, Event.LAST)
-        peer.outbox.put_nowait(handoff.Ack(room))
+    def _expect(self, peer: _Peer, room: int, pages: Pages, prefix_tokens: int) -> None:
+        peer.landing.expect(room, pages)
+        peer.outbox.put_nowait(handoff.Grant(room, pages.tobytes(), prefix_tokens))
 
-    def _granted_to(self, peer: _Peer, room: int) -> _Incoming | None:
-        """The room, if this peer still may write to it."""
+    async def _land(self, peer: _Peer, room: int, incoming: _Incoming) -> None:
+        try:
+            await peer.landing.landed(room)
+        except RouteLost:
+            return  # Fenced meanwhile, or the connection ends: that tells the room.
         with self._lock:
-            incoming = self._rooms.get(room)
-            if incoming is None or incoming.peer is not peer or incoming.state in TERMINAL:
-                return None
-            return incoming
+            if incoming.state is ReceiverState.LANDING:
+                for view, row in zip(self._aux.views([(incoming.aux_row, 1)]), incoming.rows, strict=True):
+                    view[:] = row
+            self._step(room, incoming, Event.LANDED)
 
-    def _stopped(self, peer: _Peer, room: int, reason: str) -> None:
+    async def _fence(self, peer: _Peer, room: int, incoming: _Incoming) -> None:
+        await peer.landing.fence(room)
         with self._lock:
-            incoming = self._rooms.get(room)
-            if incoming is not None and incoming.peer is peer:
-                incoming.reason = incoming.reason or reason
-                self._advance(room, Event.STOPPED)
+            self._step(room, incoming, Event.CLEAR)
+            self._drop_released(room, incoming)
 
-    def _lose(self, address: Address, reason: str) -> None:
+    def _waiting(self, address: Address) -> list[tuple[int, _Incoming]]:
+        """Rooms that wait for a connection to this address. Under the lock."""
+        return [
+            (room, incoming)
+            for room, incoming in self._rooms.items()
+            if incoming.address == address and incoming.state is ReceiverState.CONNECTING
+        ]
+
+    def _not_reached(self, address: Address, reason: str) -> None:
         with self._lock:
-            for room, incoming in self._rooms.items():
-                if incoming.address == address and incoming.state not in TERMINAL:
-                    incoming.reason = incoming.reason or reason
-                    self._advance(room, Event.STOPPED)
+            for room, incoming in self._waiting(address):
+                self._fail(room, incoming, reason, Event.LOST)
+
+    def _tell(self, peer: _Peer, event: Event, reason: str) -> None:
+        """Every room of a peer that is lost. Under the lock."""
+        for room, incoming in list(self._rooms.items()):
+            if incoming.peer is peer and incoming.state not in TERMINAL:
+                self._fail(room, incoming, reason, event)
+                self._drop_released(room, incoming)
+
+    def _drop_released(self, room: int, incoming: _Incoming) -> None:
+        if incoming.released and incoming.state in TERMINAL:
+            self._rooms.pop(room, None)
 
     async def _sweep(self) -> None:
-        """Fails rooms whose deadline passed; cuts a connection that does not answer a fence."""
+        """Fails rooms whose deadline passed; cuts a connection that does not answer a Stop."""
         while True:
             await asyncio.sleep(self._deadlines.ping_s)
             now_s = self._clock()
             with self._lock:
                 for room, incoming in list(self._rooms.items()):
                     if incoming.state in TERMINAL:
-                        if incoming.released:
-                            del self._rooms[room]
+                        self._drop_released(room, incoming)
                     elif incoming.deadline_s is not None and now_s > incoming.deadline_s:
                         self._overdue(room, incoming, now_s)
 
     def _overdue(self, room: int, incoming: _Incoming, now_s: float) -> None:
-        if incoming.state is ReceiverState.FENCING:
+        if incoming.state in (ReceiverState.STOPPING, ReceiverState.FENCING):
             assert incoming.peer is not None, "a fencing room has a peer"
             incoming.peer.connection.cut()
         else:

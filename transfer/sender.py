@@ -3,24 +3,22 @@
     scheduler's thread          the courier's thread
     offer(room)            ──>
                            <──  Grant arrives: state is GRANTED
-    send(room, pages)      ──>  queued to the peer's writer: copied (shm) or streamed (tcp)
-    send(room, …, aux)     ──>  … then Last
+    send(room, pages)      ──>  queued to the peer's writer: Chunk is said, the pages are written
+    send(room, …, aux)     ──>  … then Last is said
                            <──  Ack arrives: state is DONE
 
-A peer's writer does one thing at a time, in order. So once it has answered Stop
-with Stopped, no write for that room can follow: that is the fence.
+A peer's writer does one thing at a time, in order. So once it has answered Stop with Stopped,
+no write for that room can follow.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
-import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,15 +28,20 @@ from transfer.auth import ClusterKey
 from transfer.connection import Connection, PeerLost
 from transfer.courier import Courier
 from transfer.deadlines import Deadlines
-from transfer.plan import Pages, check_range, runs
-from transfer.pool import NotShared, Pool
-from transfer.session import TERMINAL, Event, IllegalEvent, SenderState, next_sender
+from transfer.handshake import Identity, admit, reach
+from transfer.lanes import ParkedLanes
+from transfer.plan import Pages, check_range
+from transfer.pool import Pool
+from transfer.session import TERMINAL, Act, Event, IllegalEvent, SenderState, next_sender
+from transfer.transport import Route, RouteLost, Transport
 
 log = logging.getLogger(__name__)
 
 ACCEPT_AGAIN_S = 0.1
 MAX_STRANGERS = 64
 """Connections that have not proved yet that they hold the cluster's key; more are closed at once."""
+SLICE_BYTES = 64 << 20
+"""Written at once; in between, a hand-off that ended is noticed."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class _Say:
 
 
 class _Outgoing:
-    """One room, as prefill sees it. Guarded by the sender's lock."""
+    """One room, as prefill sees it. Changed under the sender's lock only."""
 
     def __init__(self, now_s: float, queue_s: float) -> None:
         self.state = SenderState.ABSENT
@@ -77,13 +80,13 @@ class _Outgoing:
 class _Peer:
     """One decode worker that is connected."""
 
-    def __init__(self, hello: handoff.Hello, connection: Connection, mapped: Pool | None) -> None:
+    def __init__(self, hello: handoff.Hello, connection: Connection, transport: str, route: Route) -> None:
         self.name = hello.worker
         self.epoch = hello.epoch
         self.layout = hello.layout
         self.connection = connection
-        self.mapped = mapped
-        """Its pool in this process's memory, where the transport is shm."""
+        self.transport = transport
+        self.route = route
         self.jobs: asyncio.Queue[_Write | _Say] = asyncio.Queue()
 
 
@@ -97,20 +100,19 @@ class Sender:
         *,
         worker: str,
         epoch: int,
-        transports: tuple[str, ...],
+        transports: Sequence[Transport],
         deadlines: Deadlines,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pool = pool
-        self._key = key
-        self._worker = worker
-        self._epoch = epoch
+        self._me = Identity(worker, epoch, key, pool.layout)
         self._transports = transports
         self._deadlines = deadlines
         self._clock = clock
+        self._slice_pages = max(1, SLICE_BYTES // pool.layout.bytes_per_page)
         self._lock = threading.Lock()
         self._rooms: dict[int, _Outgoing] = {}
         self._strangers = 0
+        self._lanes = ParkedLanes(2 * deadlines.connect_s, clock)
         self._courier = Courier(f"handoff-sender-{worker}")
 
     def listen(self, host: str, port: int) -> int:
@@ -125,6 +127,7 @@ class Sender:
 
     def close(self) -> None:
         self._courier.close()
+        self._lanes.close()
 
     # What the scheduler's thread calls.
 
@@ -134,12 +137,11 @@ class Sender:
         A room that decode gave up before it was offered is accepted, and has failed.
         """
         with self._lock:
-            outgoing = self._rooms.get(room)
-            if outgoing is not None and not outgoing.released:
+            outgoing = self._room(room)
+            if not outgoing.released or outgoing.state is SenderState.DONE:
                 return False
-            if outgoing is not None and outgoing.state is SenderState.DONE:
-                return False
-            self._advance(room, Event.OFFERED).released = False
+            self._step(room, outgoing, Event.OFFERED)
+            outgoing.released = False
             return True
 
     def send(self, room: int, pages: Pages, aux: list[bytes] | None = None) -> None:
@@ -157,8 +159,13 @@ class Sender:
                 self._fail(room, outgoing, f"pages: wanted at most the {wanted} granted ones, found {found}")
                 return
             write = _Write(room, np.asarray(pages, np.int32), outgoing.queued_pages, aux)
+            try:
+                check_range(write.source, self._me.layout.pages)
+                self._step(room, outgoing, Event.CHUNK if aux is None else Event.LAST)
+            except (ValueError, IllegalEvent) as error:
+                self._fail(room, outgoing, str(error))
+                return
             outgoing.queued_pages += len(pages)
-            self._advance(room, Event.CHUNK if aux is None else Event.LAST)
             assert outgoing.peer is not None, "a granted room has a peer"
             self._courier.call(outgoing.peer.jobs.put_nowait, write)
 
@@ -181,42 +188,47 @@ class Sender:
             outgoing.ended_s = self._clock()
 
     def state(self, room: int) -> SenderState:
-        with self._lock:
-            outgoing = self._rooms.get(room)
-            return outgoing.state if outgoing is not None else SenderState.ABSENT
+        outgoing = self._rooms.get(room)
+        return outgoing.state if outgoing is not None else SenderState.ABSENT
 
     def prefix_tokens(self, room: int) -> int:
         """Tokens at the prompt's start that decode holds already."""
-        with self._lock:
-            return self._rooms[room].prefix_tokens
+        return self._rooms[room].prefix_tokens
 
     def reason(self, room: int) -> str:
         """Why the room failed; empty where it did not."""
-        with self._lock:
-            outgoing = self._rooms.get(room)
-            return outgoing.reason if outgoing is not None else ""
+        outgoing = self._rooms.get(room)
+        return outgoing.reason if outgoing is not None else ""
 
     def sent_bytes(self, room: int) -> int:
-        with self._lock:
-            outgoing = self._rooms.get(room)
-            return outgoing.sent_bytes if outgoing is not None else 0
+        outgoing = self._rooms.get(room)
+        return outgoing.sent_bytes if outgoing is not None else 0
 
     # State, always under the lock.
 
-    def _advance(self, room: int, event: Event) -> _Outgoing:
+    def _room(self, room: int) -> _Outgoing:
         outgoing = self._rooms.get(room)
         if outgoing is None:
             outgoing = self._rooms[room] = _Outgoing(self._clock(), self._deadlines.queue_s)
-        outgoing.state = next_sender(outgoing.state, event)
-        if outgoing.state in TERMINAL and outgoing.ended_s is None:
-            outgoing.ended_s = self._clock()
         return outgoing
+
+    def _step(self, room: int, outgoing: _Outgoing, event: Event, speaker: _Peer | None = None) -> None:
+        """speaker: whose message it was; what has to be said about it is said to that one. Raises IllegalEvent."""
+        step = next_sender(outgoing.state, event)
+        outgoing.state = step.state
+        if step.state in TERMINAL and outgoing.ended_s is None:
+            outgoing.ended_s = self._clock()
+        listener = speaker or outgoing.peer
+        if step.act is None or listener is None:
+            return
+        answer: handoff.Message = handoff.Stopped(room)
+        if step.act is Act.SAY_STOP:
+            answer = handoff.Stop(room, outgoing.reason or "the room has ended")
+        self._courier.call(listener.jobs.put_nowait, _Say(answer))
 
     def _fail(self, room: int, outgoing: _Outgoing, reason: str) -> None:
         outgoing.reason = reason
-        self._advance(room, Event.FAILED)
-        if outgoing.peer is not None:
-            self._courier.call(outgoing.peer.jobs.put_nowait, _Say(handoff.Stop(room, reason)))
+        self._step(room, outgoing, Event.FAILED)
 
     # The courier's thread.
 
@@ -234,24 +246,48 @@ class Sender:
                 if self._strangers >= MAX_STRANGERS:
                     sock.close()
                     continue
+                self._strangers += 1
                 self._courier.spawn(self._serve(sock))
         finally:
             listener.close()
 
     async def _serve(self, sock: socket.socket) -> None:
-        connection = Connection(sock, self._deadlines.silence_s)
-        self._strangers += 1
         try:
-            async with asyncio.timeout(self._deadlines.connect_s):
-                peer = await self._handshake(connection)
+            connection = Connection(sock, self._deadlines.connect_s)
+        except OSError:  # Gone already.
+            self._strangers -= 1
+            sock.close()
+            return
+        try:
+            peer = await self._greet(connection)
         except (PeerLost, TimeoutError) as error:
             log.warning("hand-off connection refused: %s", error or "no handshake in time")
             connection.close()
             return
-        finally:
-            self._strangers -= 1
-        log.info("decode worker connected worker=%s epoch=%d shm=%s", peer.name, peer.epoch, peer.mapped is not None)
-        writer = self._courier.spawn(self._write(peer))
+        except BaseException:
+            connection.close()
+            raise
+        if peer is not None:
+            await self._stay(peer)
+
+    async def _greet(self, connection: Connection) -> _Peer | None:
+        """The decode worker that is there; None for a lane, which is parked. Raises PeerLost, TimeoutError."""
+        async with asyncio.timeout(self._deadlines.connect_s):
+            try:
+                hello = await admit(connection, self._me)
+            finally:
+                self._strangers -= 1
+            if isinstance(hello, handoff.Lane):
+                self._lanes.park(hello.token, connection.detach())
+                return None
+            transport, route = await reach(connection, self._me, hello, self._transports, self._lanes)
+            connection.expect_signs(self._deadlines.silence_s)
+            return _Peer(hello, connection, transport, route)
+
+    async def _stay(self, peer: _Peer) -> None:
+        """One connection's life, whatever ends it."""
+        log.info("decode worker connected worker=%s epoch=%d transport=%s", peer.name, peer.epoch, peer.transport)
+        tasks = [self._courier.spawn(self._write(peer)), self._courier.spawn(self._ping(peer))]
         reason = "this side failed"
         try:
             await self._read(peer)
@@ -260,57 +296,17 @@ class Sender:
         finally:
             log.info("decode worker lost worker=%s epoch=%d reason=%s", peer.name, peer.epoch, reason)
             self._lose(peer, f"lost decode worker {peer.name}: {reason}")
-            writer.cancel()
-            connection.close()
-
-    async def _handshake(self, connection: Connection) -> _Peer:
-        nonce = secrets.token_bytes(handoff.NONCE_BYTES)
-        await connection.send(handoff.Challenge(handoff.VERSION, nonce))
-        hello, _ = await connection.receive()
-        if not isinstance(hello, handoff.Hello):
-            raise PeerLost(f"handshake: wanted Hello, found {type(hello).__name__}")
-        wanted = self._key.mac("handoff-decode", nonce, hello.nonce, hello.signed())
-        if not hmac.compare_digest(wanted, hello.proof):
-            await self._refuse(connection, "proof: wanted one made with this cluster's key")
-        if hello.version != handoff.VERSION:
-            await self._refuse(connection, f"version: wanted {handoff.VERSION}, found {hello.version}")
-        if difference := self._pool.layout.mismatch(hello.layout):
-            await self._refuse(connection, difference)
-        transport, mapped, reason = self._choose(hello)
-        if transport is None:
-            await self._refuse(connection, f"transports: wanted one of {self._transports}, found {reason}")
-        proof = self._key.mac("handoff-prefill", hello.nonce, nonce)
-        await connection.send(handoff.Welcome(proof, self._worker, self._epoch, transport or "", reason))
-        return _Peer(hello, connection, mapped)
-
-    async def _refuse(self, connection: Connection, reason: str) -> None:
-        await connection.send(handoff.Refused(reason))
-        raise PeerLost(reason)
-
-    def _choose(self, hello: handoff.Hello) -> tuple[str | None, Pool | None, str]:
-        """The transport, the mapped pool where it is shm, and why no better one."""
-        reasons = []
-        for transport in hello.transports:
-            if transport not in self._transports:
-                reasons.append(f"{transport}: off here")
-            elif transport == "tcp":
-                return "tcp", None, "; ".join(reasons)
-            elif transport == "shm" and hello.shared is not None:
-                try:
-                    return "shm", Pool.open_shared(hello.layout, hello.shared), "; ".join(reasons)
-                except NotShared as error:
-                    reasons.append(f"shm: {error}")
-            else:
-                reasons.append(f"{transport}: not offered with an address")
-        return None, None, "; ".join(reasons) or "none"
+            for task in tasks:
+                task.cancel()
+            peer.connection.close()
+            await peer.route.disconnect()
 
     async def _read(self, peer: _Peer) -> None:
         while True:
-            message, payload_bytes = await peer.connection.receive()
-            if payload_bytes:
-                raise PeerLost(f"payload: wanted none with {type(message).__name__}, found {payload_bytes} bytes")
+            message = await peer.connection.receive()
             try:
-                self._take(peer, message)
+                with self._lock:
+                    self._take(peer, message)
             except (IllegalEvent, ValueError) as error:
                 raise PeerLost(str(error)) from error
 
@@ -319,88 +315,89 @@ class Sender:
             case handoff.Grant(room):
                 self._granted(peer, room, message)
             case handoff.Ack(room):
-                with self._lock:
-                    self._own(peer, room)
-                    self._advance(room, Event.ACKED)
+                outgoing = self._rooms.get(room)
+                if outgoing is None or outgoing.peer is not peer:
+                    raise ValueError(f"room: wanted one that worker {peer.name} granted, found {room}")
+                self._step(room, outgoing, Event.ACKED)
             case handoff.Stop(room, reason):
-                with self._lock:
-                    outgoing = self._advance(room, Event.FAILED)
-                    outgoing.reason = outgoing.reason or f"decode worker {peer.name}: {reason}"
-                peer.jobs.put_nowait(_Say(handoff.Stopped(room)))
+                self._stop(peer, room, reason)
             case handoff.Ping() | handoff.Stopped():
                 pass
             case _:
-                raise PeerLost(f"message: wanted Grant, Ack, Stop or Ping, found {type(message).__name__}")
+                raise ValueError(f"message: wanted Grant, Ack, Stop or Ping, found {type(message).__name__}")
 
     def _granted(self, peer: _Peer, room: int, grant: handoff.Grant) -> None:
         pages = np.frombuffer(grant.pages, np.dtype("<i4"))
         check_range(pages, peer.layout.pages)
-        with self._lock:
-            outgoing = self._rooms.get(room)
-            if outgoing is not None and outgoing.state in TERMINAL:
-                reason = outgoing.reason or "the room has ended"
-                peer.jobs.put_nowait(_Say(handoff.Stop(room, reason)))
-                return
-            outgoing = self._advance(room, Event.GRANTED)
+        outgoing = self._room(room)
+        ended = outgoing.state in TERMINAL
+        self._step(room, outgoing, Event.GRANTED, peer)
+        if not ended:
             outgoing.peer, outgoing.pages, outgoing.prefix_tokens = peer, pages, grant.prefix_tokens
             outgoing.deadline_s = self._clock() + self._deadlines.handoff_s
 
-    def _own(self, peer: _Peer, room: int) -> None:
-        outgoing = self._rooms.get(room)
-        if outgoing is None or outgoing.peer is not peer:
-            raise ValueError(f"room: wanted one that worker {peer.name} granted, found {room}")
+    def _stop(self, peer: _Peer, room: int, reason: str) -> None:
+        outgoing = self._room(room)
+        if outgoing.peer is not None and outgoing.peer is not peer:
+            # It is another's; this one wrote, and will write, nothing for it.
+            peer.jobs.put_nowait(_Say(handoff.Stopped(room)))
+            return
+        outgoing.reason = outgoing.reason or f"decode worker {peer.name}: {reason}"
+        self._step(room, outgoing, Event.STOPPED, peer)
 
     async def _write(self, peer: _Peer) -> None:
-        """Does the peer's jobs in order; an idle moment becomes a ping."""
+        """Does the peer's jobs, in order."""
         try:
             while True:
-                try:
-                    async with asyncio.timeout(self._deadlines.ping_s):
-                        job = await peer.jobs.get()
-                except TimeoutError:
-                    job = _Say(handoff.Ping())
+                job = await peer.jobs.get()
                 if isinstance(job, _Say):
                     await peer.connection.send(job.message)
                 else:
                     await self._write_chunk(peer, job)
-        except PeerLost as error:
+        except (PeerLost, RouteLost) as error:
             log.info("write failed worker=%s reason=%s", peer.name, error)
         finally:
             # Whatever ended it: a connection on which nobody writes is none.
             peer.connection.cut()
 
+    async def _ping(self, peer: _Peer) -> None:
+        """Signs of life, also while a long chunk is being written."""
+        try:
+            while True:
+                await asyncio.sleep(self._deadlines.ping_s)
+                await peer.connection.send(handoff.Ping())
+        except PeerLost:
+            peer.connection.cut()
+
     async def _write_chunk(self, peer: _Peer, write: _Write) -> None:
-        with self._lock:
-            outgoing = self._rooms.get(write.room)
-            if outgoing is None or outgoing.state in TERMINAL:
-                return
-            destination = outgoing.pages[write.first : write.first + len(write.source)]
+        outgoing = self._rooms.get(write.room)
+        if outgoing is None or outgoing.state in TERMINAL:
+            return
         if len(write.source):
-            planned = runs(write.source, destination)
-            chunk = handoff.Chunk(write.room, write.first, len(write.source))
-            if peer.mapped is not None:
-                self._pool.copy_to(peer.mapped, planned)
-                await peer.connection.send(chunk)
-            else:
-                views = self._pool.views([(run.source, run.pages) for run in runs(write.source, write.source)])
-                await peer.connection.send(chunk, views)
-        with self._lock:
-            outgoing.sent_bytes += len(write.source) * self._pool.layout.bytes_per_page
-        if write.aux is not None:
-            last = handoff.Last(write.room, write.first + len(write.source))
-            await peer.connection.send(last, [memoryview(row) for row in write.aux])
+            await peer.connection.send(handoff.Chunk(write.room, len(write.source)))
+        destination = outgoing.pages[write.first : write.first + len(write.source)]
+        for start in range(0, len(write.source), self._slice_pages):
+            if outgoing.state in TERMINAL:
+                return
+            end = start + self._slice_pages
+            source = write.source[start:end]
+            await peer.route.write(write.room, write.first + start, source, destination[start:end])
+            outgoing.sent_bytes += len(source) * self._me.layout.bytes_per_page
+        if write.aux is not None and outgoing.state not in TERMINAL:
+            await peer.connection.send(handoff.Last(write.room, write.first + len(write.source), write.aux))
 
     def _lose(self, peer: _Peer, reason: str) -> None:
         with self._lock:
             for room, outgoing in self._rooms.items():
                 if outgoing.peer is peer and outgoing.state not in TERMINAL:
                     outgoing.reason = reason
-                    self._advance(room, Event.STOPPED)
+                    self._step(room, outgoing, Event.LOST)
 
     async def _sweep(self) -> None:
         """Fails rooms whose deadline passed, and forgets those that ended long ago."""
         while True:
             await asyncio.sleep(self._deadlines.ping_s)
+            self._lanes.sweep()
             now_s = self._clock()
             with self._lock:
                 for room, outgoing in list(self._rooms.items()):

@@ -4,6 +4,10 @@
     agent ══ PUB  Batch (msgpack)                   ══> router     what its KV cache stored and dropped
     router ── DEALER PageRequest (msgpack)          ──> agent      "I have up to sequence n of epoch e"
     agent ── ROUTER Batch… | Snapshot… then CaughtUp ─> router
+    agent ══ PUB  Handoffs (msgpack)                ══> router     decode: what each hand-off came to, as it ends
+
+Sums over all hand-offs stand in every registration, so a lost `Handoffs` costs the story of
+single requests and no count.
 
 A worker's batches carry (worker, epoch, sequence). Sequence starts at 1 in each
 epoch and grows by one. A router that sees a gap, or a new epoch, asks. Snapshots
@@ -17,7 +21,9 @@ from typing import Literal
 
 import msgspec
 
-VERSION = 1
+from transfer.ended import Ended
+
+VERSION = 2
 """Raised when a message changes its meaning. Both sides refuse another version."""
 
 Role = Literal["prefill", "decode", "both"]
@@ -96,6 +102,50 @@ class PageRequest(msgspec.Struct, frozen=True, array_like=True, tag="q"):
     sequence: int
 
 
+class Handoffs(msgspec.Struct, frozen=True, array_like=True, tag="h"):
+    """Hand-offs to this decode worker that ended just now."""
+
+    worker: str
+    epoch: int
+    ended: list[Ended]
+
+
+Published = Batch | Handoffs
+
+
+class HandoffTotals(msgspec.Struct, frozen=True, array_like=True):
+    """Sums over the hand-offs of one kind that a decode worker has had in its present epoch."""
+
+    prefill: str
+    """The worker; "" where none was reached."""
+    transport: str
+    outcome: Literal["ok", "failed"]
+    handoffs: int = 0
+    pages: int = 0
+    """Pages that were moved."""
+    moved_bytes: int = 0
+    prefix_tokens: int = 0
+    """Tokens that were not moved, as decode held them already."""
+    took_s: float = 0.0
+
+    @classmethod
+    def kind(cls, ended: Ended) -> HandoffTotals:
+        """The sum, still empty, that this hand-off belongs to."""
+        return cls(ended.prefill, ended.transport, "failed" if ended.reason else "ok")
+
+    def plus(self, ended: Ended) -> HandoffTotals:
+        """The sum with one more hand-off. Of one that failed, nothing counts as moved or as held already."""
+        moved = self.outcome == "ok"
+        return msgspec.structs.replace(
+            self,
+            handoffs=self.handoffs + 1,
+            pages=self.pages + (ended.pages if moved else 0),
+            moved_bytes=self.moved_bytes + (ended.moved_bytes if moved else 0),
+            prefix_tokens=self.prefix_tokens + (ended.prefix_tokens if moved else 0),
+            took_s=self.took_s + ended.took_s,
+        )
+
+
 class Load(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's own account of its load, read from its load endpoint."""
 
@@ -136,6 +186,8 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     """Last page-event sequence published: a router that stands below it has missed the tail."""
     held_pages: int = 0
     load: Load = Load()
+    handoffs: list[HandoffTotals] = []
+    """Of a decode worker: what was handed over to it in this epoch, one sum for each kind."""
     lease_s: float = 5.0
     """The router forgets the worker when it has not been renewed for so long."""
     leaving: bool = False
@@ -157,5 +209,22 @@ encode = _batch_encoder.encode
 decode_page_message = msgspec.msgpack.Decoder(PageMessage).decode
 """bytes -> Batch | Snapshot | CaughtUp. Raises msgspec.ValidationError or DecodeError."""
 
+decode_published = msgspec.msgpack.Decoder(Published).decode
+"""bytes -> Batch | Handoffs. Raises msgspec.ValidationError or DecodeError."""
+
 decode_page_request = msgspec.msgpack.Decoder(PageRequest).decode
 """bytes -> PageRequest. Raises msgspec.ValidationError or DecodeError."""
+
+
+def bound_host(host: str, epoch: int) -> str:
+    """`bootstrap_host` of a request that is meant for one life of a prefill worker, and for no other: EPOCH@HOST.
+
+    SGLang hands it on without looking into it.
+    """
+    return f"{epoch}@{host}"
+
+
+def parse_bound_host(text: str) -> tuple[str, int | None]:
+    """The host, and the epoch where one is given: another router may not know of epochs. Raises ValueError."""
+    epoch, _, host = text.rpartition("@")
+    return host, int(epoch) if epoch else None

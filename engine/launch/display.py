@@ -54,9 +54,12 @@ def plan_tables(plan: Plan) -> RenderableType:
         variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in worker.environment.items())
         told.add_row(worker.name, escape(f"{shlex.join(worker.engine_args)}\n{variables}"))
     start = "forked from one import of SGLang" if plan.config.forks else "each started by itself"
+    transfer = plan.config.transfer
     about = [
         f"model    {plan.router.model} in {plan.router.model_path}",
         f"workers  {start}; role, ports, events and hand-off are added by the worker itself",
+        f"pages    handed over by {', '.join(transfer.transports)}",
+        *(_nixl_warning(transfer.nixl_devices) if "nixl" in transfer.transports else ()),
         f"logs     {plan.folders.log_file('x').parent}",
         "ports    free now; `up` looks again, except for the router's and where port_base is set",
     ]
@@ -82,6 +85,13 @@ def addresses(cluster: Cluster) -> list[str]:
         f"dashboard  {cluster.url}/",
         f"metrics    {cluster.url}/metrics",
         f"logs       {plan.folders.log_file('x').parent}",
+    ]
+
+
+def _nixl_warning(devices: Sequence[str]) -> list[str]:
+    return [
+        f"nixl     listens on {', '.join(devices)}, where no key protects it: "
+        "whoever reaches its port can write any memory of the worker"
     ]
 
 

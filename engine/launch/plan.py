@@ -7,6 +7,7 @@ Workers reach the router at `Plan.url`; people use the same address.
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ ROUTER = "router"
 """The router's name among the processes of a cluster."""
 _OURS = {"SGL_FORCE_SHUTDOWN": "1"}
 """Every worker's: asked to end, SGLang would otherwise wait for its requests, for as long as they take."""
+_NIXL_MODULES = ("nixl_cu13", "nixl_cu12")
+"""NIXL's wheels, for two versions of CUDA; without a GPU either will do."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,14 @@ class Plan:
 
 
 def make_plan(config: ClusterConfig, model: ServedModel, folders: Folders, picker: PortPicker) -> Plan:
-    """Chooses the ports. Raises BadInput where one that the file sets is in use, or a host is not of this machine.
+    """Chooses the ports. Raises BadInput where one that the file sets is in use, a host is not of this machine,
+    or nixl is wanted and not installed.
 
     A router.port of 0, which only callers in Python can ask for, takes a free one.
     """
+    if "nixl" in config.transfer.transports and not any(map(_is_installed, _NIXL_MODULES)):
+        wanted = f"transfer.transports: nixl wants one of the packages {', '.join(_NIXL_MODULES)}, found none"
+        raise BadInput(f"{wanted}: install mainstem[nixl]")
     section = config.router
     if section.port == 0:
         section = section.model_copy(update={"port": picker.pick(section.host)})
@@ -98,6 +105,9 @@ def make_plan(config: ClusterConfig, model: ServedModel, folders: Folders, picke
         run_dir="",
         transports=config.transfer.transports,
         handoff_timeout_s=config.transfer.timeout_s,
+        silence_s=config.transfer.silence_s,
+        tcp_lanes=config.transfer.tcp_lanes,
+        nixl_devices=config.transfer.nixl_devices,
         renew_s=config.transfer.renew_s,
     )
     workers: list[WorkerSpec] = []
@@ -131,6 +141,15 @@ def renew_ports(worker: WorkerSpec, picker: PortPicker) -> WorkerSpec:
 
 def http_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _is_installed(module: str) -> bool:
+    """Found without importing it: that takes long."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:
+        # What Python raises for a module that this process was told to do without.
+        return False
 
 
 def _with_ports(worker: WorkerSpec, ports: list[int]) -> WorkerSpec:

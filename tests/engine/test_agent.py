@@ -19,6 +19,7 @@ from engine.outbox import Outbox
 from engine.spec import WorkerSpec, page_socket
 from transfer import wire
 from transfer.auth import SIGNATURE_HEADER, ClusterKey
+from transfer.ended import Ended
 
 FACTS = {"page_size": 16, "max_total_num_tokens": 4096, "context_length": 2048, "dtype": "float32"}
 LOADS = {
@@ -157,6 +158,52 @@ def test_events_of_the_scheduler_reach_a_router_and_a_late_one_catches_up(tmp_pa
             async with asyncio.timeout(10):
                 assert wire.decode_page_message(await late.recv()) == wire.CaughtUp("prefill-0", 77, 1)
         await asyncio.to_thread(agent.close)
+
+    run(work, tmp_path)
+
+
+def test_handoffs_are_published_as_they_end_and_their_sums_stand_in_every_registration(tmp_path: Path) -> None:
+    async def work(site: Site, spec: WorkerSpec, key: ClusterKey) -> None:
+        agent = Agent(msgspec.structs.replace(spec, name="decode-0", role="decode"), epoch=77, key=key)
+        await asyncio.to_thread(agent.start)
+        context = zmq.asyncio.Context.instance()
+        with context.socket(zmq.SUB) as live:
+            key.secure_client(live)
+            live.connect(f"tcp://127.0.0.1:{spec.events_port}")
+            live.subscribe(b"")
+            await asyncio.sleep(0.3)  # a SUB socket hears what is published after it has connected
+            outbox = Outbox(page_socket(spec))
+            told = [
+                Ended(1, "prefill-0", "shm", 3, 300, prefix_tokens=32, took_s=0.5, reason=""),
+                Ended(2, "prefill-0", "shm", 4, 400, prefix_tokens=0, took_s=0.25, reason=""),
+                Ended(3, "prefill-1", "tcp", 5, 0, prefix_tokens=16, took_s=1.0, reason="lost"),
+            ]
+            for one in told:
+                outbox.ended(one)
+            outbox.put(wire.Stored(1, 0, [10, 11]))
+
+            heard: list[Ended] = []
+            batches: list[wire.Batch] = []
+            async with asyncio.timeout(10):
+                while len(heard) < 3 or not batches:
+                    message = wire.decode_published(await live.recv())
+                    assert (message.worker, message.epoch) == ("decode-0", 77)
+                    if isinstance(message, wire.Batch):
+                        batches.append(message)
+                    else:
+                        heard += message.ended
+            assert heard == told
+            # What is no page event takes no number of theirs.
+            assert [batch.sequence for batch in batches] == [1]
+            registration = await site.until(lambda one: sum(totals.handoffs for totals in one.handoffs) == 3)
+            assert registration.handoffs == [
+                wire.HandoffTotals("prefill-0", "shm", "ok", 2, 7, 700, 32, 0.75),
+                wire.HandoffTotals("prefill-1", "tcp", "failed", 1, 0, 0, 0, 1.0),
+            ]
+            await asyncio.to_thread(outbox.close)
+        await asyncio.to_thread(agent.close)
+        assert site.registrations[-1].leaving
+        assert site.registrations[-1].handoffs == registration.handoffs
 
     run(work, tmp_path)
 

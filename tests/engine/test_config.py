@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import ClusterConfig, parse_cluster, read_cluster
+from engine.config import RANK_FLAGS, ClusterConfig, parse_cluster, read_cluster
 from engine.launch.errors import BadInput
 from engine.launch.flags import OWNED, FlagValue, arguments, known_flags, parse_flags
 
@@ -41,7 +41,24 @@ def test_every_file_in_configs_is_valid(path: Path) -> None:
         ("launch: {restarts: true}", "launch.restarts: wanted an integer of at least 0, found true"),
         ("launch: {stop_timeout_s: 0}", "launch.stop_timeout_s: wanted a number above 0, found 0"),
         ("transfer: {transports: []}", "transfer.transports: wanted a list with at least one entry, found a list of 0"),
-        ("transfer: {transports: [ucx]}", "transfer.transports[0]: wanted one of shm, tcp, found 'ucx'"),
+        ("transfer: {transports: [ucx]}", "transfer.transports[0]: wanted one of shm, tcp, nixl, found 'ucx'"),
+        ("transfer: {tcp_lanes: 0}", "transfer.tcp_lanes: wanted an integer from 1 to 64, found 0"),
+        ("transfer: {silence_s: 0.5}", "transfer.silence_s: wanted a number of at least 1, found 0.5"),
+        (
+            "transfer: {transports: [nixl], nixl_devices: [eth0]}",
+            "transfer.nixl_devices[0]: wanted a device that is in transfer.trusted_devices, found 'eth0': nixl's data "
+            "port knows no key, so whoever reaches it can write any memory of the worker",
+        ),
+        (
+            "engine: {tp-size: 2}",
+            "engine.tp-size: wanted 1 with the roles prefill and decode, found 2: a hand-off between several ranks is "
+            "not supported",
+        ),
+        (
+            "engine: {dp-size: 2}",
+            "engine.dp-size: is not yours to set: a worker is one SGLang server on one host; for more replicas raise "
+            "workers[].count",
+        ),
         ("environment: {A: true}", "environment.A: wanted text, found true; write it in quotes"),
         ("engine: {page-size: 0}", "engine.page-size: wanted an integer of at least 1, found 0"),
         ("engine: {page-size: true}", "engine.page-size: wanted an integer of at least 1, found true"),
@@ -184,6 +201,32 @@ def test_a_router_that_everybody_reaches_needs_a_key(tmp_path: Path) -> None:
     assert parse_cluster(with_key, tmp_path).router.api_key_file == tmp_path / "key"
     (line,) = lines_of(with_key)
     assert line == "router.api_key_file: wanted a file, found none at /nowhere/key"
+
+
+NIXL = "transfer: {transports: [nixl, tcp], "
+OFF_LOOPBACK = "name: tiny\nmodel: {path: smollm2}\nworkers: [{role: prefill}, {role: decode, host: 10.0.0.1}]\n"
+
+
+def test_nixl_uses_loopback_where_all_workers_do_and_only_trusted_devices_elsewhere() -> None:
+    assert parse(HEAD + NIXL + "}").transfer.nixl_devices == ("lo",)
+    (line,) = lines_of(OFF_LOOPBACK + NIXL + "}")
+    assert line.startswith("transfer.nixl_devices[0]: wanted a device that is in transfer.trusted_devices, found 'lo'")
+    devices = "nixl_devices: [eth1, 'mlx5_0:1']"
+    (line,) = lines_of(OFF_LOOPBACK + NIXL + devices + ", trusted_devices: [eth1]}")
+    assert line.startswith("transfer.nixl_devices[1]: ")
+    trusted = parse(OFF_LOOPBACK + NIXL + devices + ", trusted_devices: ['mlx5_0:1', eth1]}")
+    assert trusted.transfer.nixl_devices == ("eth1", "mlx5_0:1")
+    # Without nixl nothing listens there.
+    assert parse(OFF_LOOPBACK + "transfer: {transports: [tcp]}").transfer.transports == ("tcp",)
+
+
+@pytest.mark.parametrize("flag", RANK_FLAGS)
+def test_a_worker_that_hands_over_has_one_rank_and_one_that_does_both_may_have_more(flag: str) -> None:
+    alone = "name: tiny\nmodel: {path: smollm2}\nworkers: [{role: both, engine: {%s: 2}}]"
+    (line,) = lines_of(HEAD.replace("{role: decode}", f"{{role: decode, engine: {{{flag}: 2}}}}"))
+    assert line.startswith(f"workers[1].engine.{flag}: wanted 1 with the roles prefill and decode, found 2: ")
+    assert parse(HEAD + f"engine: {{{flag}: 1}}").engine == {flag: 1}
+    assert parse(alone % flag).workers[0].engine == {flag: 2}
 
 
 def test_the_page_size_is_sixteen_unless_the_engine_is_told_otherwise() -> None:

@@ -221,6 +221,38 @@ def test_plan_shows_every_process_and_starts_none(file: Path, capsys: pytest.Cap
     assert not state.exists()
 
 
+def with_nixl(file: Path, **transfer: list[str]) -> Path:
+    """The same cluster over nixl, its workers on this machine's loopback."""
+    changed = file.with_name("nixl.yaml")
+    changed.write_text(file.read_text() + f"transfer: {json.dumps({'transports': ['nixl'], **transfer})}\n")
+    return changed
+
+
+def test_plan_says_that_nixl_is_not_installed_before_anything_is_started(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What Python itself takes for: there is no such module.
+    for name in ("nixl_cu12", "nixl_cu13"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, _, err = run(capsys, "plan", str(with_nixl(file)))
+    wanted = "mainstem: transfer.transports: nixl wants one of the packages nixl_cu13, nixl_cu12, found none"
+    assert (code, err) == (2, f"{wanted}: install mainstem[nixl]\n")
+
+
+def test_plan_says_what_a_reachable_nixl_port_means(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "nixl_cu13.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = run(capsys, "plan", str(with_nixl(file, nixl_devices=["eth0"])))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "whoever reaches it can write any memory of the worker" in err
+
+    code, out, _ = run(capsys, "plan", str(with_nixl(file, nixl_devices=["eth0"], trusted_devices=["eth0"])))
+    assert code == 0
+    assert "listens on eth0, where no key protects it" in " ".join(out.split())
+
+
 def test_another_model_goes_by_its_own_name(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     other = tmp_path / "other-model"
     other.mkdir()

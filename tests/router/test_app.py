@@ -21,10 +21,11 @@ import uvicorn
 from router.app import Router, create_app
 from router.client import Client, Message
 from router.config import RouterSection, RouterSpec
-from router.fake_worker import FakeWorker, Fault, Handoffs
+from router.fake_worker import PAGE_BYTES, FakeWorker, Fault, Handoffs
 from router.openai import Endpoint
 from router.server import listen
 from transfer.auth import SIGNATURE_HEADER, ClusterKey
+from transfer.pages import chain_ids, namespace, root_id
 
 TokenizerFolder = Callable[[str], Path]
 PREFIX = "The quick brown fox jumps over the lazy dog. " * 20
@@ -144,11 +145,75 @@ def test_a_chat_goes_through_both_workers(start: Any) -> None:
             assert {name: decode[name] for name in chat(PREFIX, max_tokens=3, user="me")} == chat(
                 PREFIX, max_tokens=3, user="me"
             )
-            assert decode["bootstrap_host"] == "127.0.0.1"
-            assert decode["bootstrap_port"] == 7000
+            worker = cluster.workers["p0"]
+            assert decode["bootstrap_host"] == f"{worker.epoch}@127.0.0.1"
+            assert decode["bootstrap_port"] == worker.registration().handoff_port
             assert 0 < decode["bootstrap_room"] < 2**63
             assert re.fullmatch("[0-9a-f]{32}", decode["rid"])
             assert headers["x-request-id"] == decode["rid"]
+
+    run(scenario())
+
+
+def test_a_request_for_a_life_that_is_over_fails_at_once_and_the_next_life_is_used_as_soon_as_it_registers(
+    start: Any,
+) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0", renew_s=3600.0) as cluster:
+            worker = cluster.workers["p0"]
+            before = worker.epoch
+            worker.epoch += 1  # restarted at the same address; the router does not know it yet
+
+            status, answer, _ = await cluster.post(chat(PREFIX))
+
+            assert status == 502
+            assert f"p0: restarted: wanted epoch {before}, found {before + 1}" in answer["error"]["message"]
+            await worker.register(cluster.url)
+            assert (await cluster.post(chat(PREFIX)))[0] == 200
+
+    run(scenario())
+
+
+def test_what_was_handed_over_is_counted_shown_and_explained(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0") as cluster:
+            _, _, headers = await cluster.post(chat(PREFIX))
+            body = cluster.received("d0")
+            ids = cluster.router.renderer.chat(chat(PREFIX)).ids
+            record = cluster.router.ledger.get(headers["x-request-id"])
+            await cluster.until(lambda: bool(record.handoffs))
+            pages = -(-len(ids) // 4)
+            _, explained = await cluster.get(f"/api/explain/{headers['x-request-id']}")
+
+            moved = explained["handoff"]
+            assert record.handoffs[0].room == body["bootstrap_room"]
+            assert (moved["transport"], moved["pages"], moved["failed"]) == ("simulated", pages, 0)
+            assert (moved["moved_bytes"], moved["prefix_tokens"]) == (pages * PAGE_BYTES, 0)
+            root = root_id(namespace("tiny", "", ""))
+            held = chain_ids(root, ids, 4)[:10]
+            await cluster.workers["d0"].store(root, 0, held)
+            _, _, headers = await cluster.post(chat(PREFIX))
+            again = cluster.router.ledger.get(headers["x-request-id"])
+            await cluster.until(lambda: bool(again.handoffs))
+            _, explained = await cluster.get(f"/api/explain/{headers['x-request-id']}")
+            assert (explained["handoff"]["pages"], explained["handoff"]["prefix_tokens"]) == (pages - 10, 40)
+
+            labels = '{decode="d0",prefill="p0",transport="simulated"}'
+
+            async def counted() -> str:
+                async with cluster.session.get(cluster.url + "/metrics") as response:
+                    text: str = await response.text()
+                    return text
+
+            async with asyncio.timeout(15):
+                while f"mainstem_handoff_pages_total{labels} {2 * pages - 10}.0" not in await counted():
+                    await asyncio.sleep(0.05)
+            text = await counted()
+            assert f"mainstem_handoff_bytes_total{labels} {float((2 * pages - 10) * PAGE_BYTES)}" in text
+            assert f"mainstem_handoff_prefix_tokens_total{labels} 40.0" in text
+            both = '{decode="d0",outcome="ok",prefill="p0",transport="simulated"}'
+            assert f"mainstem_handoffs_total{both} 2.0" in text
+            assert f"mainstem_handoff_seconds_total{both}" in text
 
     run(scenario())
 
@@ -648,7 +713,7 @@ def test_a_worker_whose_pages_found_no_room_is_shown_as_approximate_and_is_ready
     ("field", "value", "message"),
     [
         ("model", "other", "model: wanted 'tiny', found 'other'"),
-        ("version", 9, "version: wanted 1, found 9"),
+        ("version", 9, "version: wanted 2, found 9"),
         ("page_tokens", 8, "page_tokens: wanted 4 as d0 has, found 8"),
     ],
 )

@@ -23,7 +23,7 @@ class Side:
 
     def __init__(self, key: ClusterKey, index_max_bytes: int = 10**6) -> None:
         self.index, self.fleet = Index(index_max_bytes), Fleet()
-        self.follower = Follower(key, self.index, self.fleet, time.monotonic)
+        self.follower = Follower(key, self.index, self.fleet, time.monotonic, lambda ended: None)
 
     def hear(self, worker: FakeWorker) -> None:
         self.fleet.register(worker.registration(), time.monotonic())

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.openai import MAX_BODY_BYTES, ApiError, Endpoint, Handoff, check_length, engine_rids, leg_body, read
+from transfer.wire import parse_bound_host
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}
-ROOM = Handoff("10.0.0.1", 7000, 2**62)
+ROOM = Handoff(host="10.0.0.1", port=7000, room=2**62, epoch=1700)
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
@@ -45,13 +46,23 @@ def test_the_clients_bytes_are_kept_and_ours_win(extra: dict[str, Any], space: b
     ours = {
         "input_ids": [1, 2],
         "rid": "r" * 32,
-        "bootstrap_host": "10.0.0.1",
+        "bootstrap_host": "1700@10.0.0.1",
         "bootstrap_port": 7000,
         "bootstrap_room": 2**62,
     }
     # Python's json is what the engine parses with: the last of equal keys is taken.
     assert json.loads(decode) == {**body, **ours}
     assert json.loads(prefill) == {**body, **ours, "stream": False}
+
+
+@given(st.sampled_from(["10.0.0.1", "::1", "fe80::1%eth0", "node-3"]), st.integers(0, 2**63))
+def test_the_engine_side_reads_back_the_life_that_a_request_is_bound_for(host: str, epoch: int) -> None:
+    request = read(Endpoint.CHAT, raw(CHAT), "m")
+
+    body = json.loads(leg_body(request, "r", [1], Handoff(host, 7000, 1, epoch), keep_stream=True))
+
+    assert parse_bound_host(body["bootstrap_host"]) == (host, epoch)
+    assert parse_bound_host(host) == (host, None)
 
 
 def test_a_completions_prompt_becomes_its_ids() -> None:
@@ -69,7 +80,7 @@ def test_a_body_that_was_not_rendered_keeps_its_prompt() -> None:
     assert added == {
         **body,
         "rid": "r",
-        "bootstrap_host": "10.0.0.1",
+        "bootstrap_host": "1700@10.0.0.1",
         "bootstrap_port": 7000,
         "bootstrap_room": 2**62,
     }

@@ -18,13 +18,18 @@ import msgspec
 import numpy as np
 import pytest
 
+from transfer import handoff
 from transfer.auth import ClusterKey
 from transfer.deadlines import Deadlines
+from transfer.ended import Ended
+from transfer.held import HeldTransport
 from transfer.layout import PoolLayout
 from transfer.pool import NotShared, Pool, SharedAddress, SharedArena
 from transfer.receiver import Receiver
 from transfer.sender import Sender
 from transfer.session import TERMINAL, ReceiverState, SenderState
+from transfer.transport import Transport
+from transfer.transports import make
 
 LAYOUT = PoolLayout(
     model="m", dtype="float32", page_tokens=16, page_bytes=(256, 512), aux_row_bytes=(64, 128), pages=64
@@ -62,6 +67,10 @@ def shared_pool(layout: PoolLayout) -> tuple[Pool, SharedAddress]:
     return pool, address
 
 
+def made(names: tuple[str, ...], pool: Pool, shared: SharedAddress | None) -> list[Transport]:
+    return make(names, pool, shared=shared, tcp_lanes=2, nixl_devices=("lo",), stall_s=QUICK.silence_s)
+
+
 class Pair:
     """A prefill and a decode side in this process, joined by real sockets."""
 
@@ -72,21 +81,26 @@ class Pair:
         key: ClusterKey = KEY,
         layout: PoolLayout = LAYOUT,
         deadlines: Deadlines = QUICK,
+        sharing: bool = True,
     ) -> None:
         self.source = filled(1)
-        self.sender = Sender(self.source, KEY, worker="prefill-0", epoch=1, transports=transports, deadlines=deadlines)
+        self.writers = [HeldTransport(one) for one in made(transports, self.source, None)]
+        self.sender = Sender(
+            self.source, KEY, worker="prefill-0", epoch=1, transports=self.writers, deadlines=deadlines
+        )
         self.port = self.sender.listen("127.0.0.1", 0)
         self.destination, address = shared_pool(layout)
         self.aux = Pool.zeros(AUX_LAYOUT)
+        self.ended: list[Ended] = []
         self.receiver = Receiver(
             self.destination,
             self.aux,
             key,
-            shared=address,
             worker="decode-0",
             epoch=2,
-            transports=transports,
+            transports=made(transports, self.destination, address if sharing else None),
             deadlines=deadlines,
+            on_end=self.ended.append,
         )
 
     def open(self, room: int) -> None:
@@ -105,7 +119,19 @@ class Pair:
             for mine, theirs in zip(self.destination.buffers, self.source.buffers, strict=True)
         )
 
+    def hold(self) -> None:
+        for writer in self.writers:
+            writer.hold()
+
+    def wait_held(self) -> None:
+        eventually(lambda: any(writer.held.is_set() for writer in self.writers))
+
+    def release(self) -> None:
+        for writer in self.writers:
+            writer.release()
+
     def close(self) -> None:
+        self.release()
         self.receiver.close()
         self.sender.close()
 
@@ -192,7 +218,7 @@ def test_fewer_pages_than_granted_are_not_passed_off_as_success(pair: Pair) -> N
     pair.sender.send(7, pages(1), AUX)
 
     eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
-    assert "wanted 2, found 1 landed" in pair.receiver.reason(7)
+    assert "wanted 2, found 1 written of 1 announced" in pair.receiver.reason(7)
 
 
 def test_an_abort_on_prefill_reaches_decode_with_its_reason(pair: Pair) -> None:
@@ -205,16 +231,22 @@ def test_an_abort_on_prefill_reaches_decode_with_its_reason(pair: Pair) -> None:
     assert pair.receiver.reason(7) == "prefill worker prefill-0: request aborted"
 
 
-def test_an_abort_on_decode_frees_its_pages_only_after_prefill_stopped(pair: Pair) -> None:
-    """A write is queued on a prefill that is held up; decode aborts meanwhile, and uses the page for another."""
+@pytest.mark.parametrize("aborting", ["decode", "prefill", "both"])
+def test_pages_come_free_only_after_the_writer_stopped(pair: Pair, aborting: str) -> None:
+    """A write is held in the middle; the hand-off is aborted, and its pages go to another request."""
     pair.begin(7, [40, 41])
-    pair.sender._courier.call(time.sleep, 0.4)
+    pair.hold()
     pair.sender.send(7, pages(1, 2), AUX)
+    pair.wait_held()
 
-    pair.receiver.fail(7, "request aborted")
+    if aborting != "prefill":
+        pair.receiver.fail(7, "request aborted")
+    if aborting != "decode":
+        pair.sender.fail(7, "request aborted")
 
     time.sleep(0.1)
-    assert pair.receiver.state(7) is ReceiverState.FENCING
+    assert pair.receiver.state(7) not in TERMINAL
+    pair.release()
     eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
     for buffer in pair.destination.buffers:
         buffer[[40, 41]] = 7
@@ -370,7 +402,9 @@ def test_nobody_there_fails_at_once_and_the_next_attempt_is_a_fresh_one() -> Non
     eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
     assert f"cannot reach the prefill worker at 127.0.0.1:{port}" in pair.receiver.reason(7)
 
-    late = Sender(filled(1), KEY, worker="prefill-1", epoch=9, transports=("tcp",), deadlines=QUICK)
+    source = filled(1)
+    transports = made(("tcp",), source, None)
+    late = Sender(source, KEY, worker="prefill-1", epoch=9, transports=transports, deadlines=QUICK)
     late.listen("127.0.0.1", port)
     pair.receiver.open(8, "127.0.0.1", port)
 
@@ -391,17 +425,132 @@ def test_garbage_on_the_port_harms_nobody(pair: Pair) -> None:
     eventually(lambda: pair.receiver.state(7) is ReceiverState.DONE)
 
 
+@pytest.mark.parametrize(
+    "body", [b"\x93\xa4stop\x01\xa2\xff\xfe", b"\x92\xa4ping" + b"\x91" * 60_000 + b"\x00"], ids=["no text", "deep"]
+)
+def test_a_message_that_is_none_ends_its_connection_quietly(pair: Pair, body: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", pair.port)) as hostile:
+        hostile.settimeout(5)
+        hostile.sendall(handoff.FRAME.pack(len(body)) + body)
+        while hostile.recv(4096):
+            pass
+    pair.begin(7, [40])
+    pair.sender.send(7, pages(1), AUX)
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.DONE)
+
+
+def test_a_write_that_takes_longer_than_the_silence_is_no_loss(pair: Pair) -> None:
+    pair.begin(7, [40, 41])
+    pair.hold()
+    pair.sender.send(7, pages(1, 2), AUX)
+
+    time.sleep(1.5 * QUICK.silence_s)
+    pair.release()
+
+    eventually(lambda: pair.receiver.state(7) in TERMINAL)
+    assert pair.receiver.state(7) is ReceiverState.DONE
+
+
+def test_a_room_bound_for_another_life_of_the_prefill_worker_fails_at_once(pair: Pair) -> None:
+    for room, epoch in ((7, 1), (8, 999), (9, 0)):
+        pair.receiver.open(room, "127.0.0.1", pair.port, epoch)
+        eventually(lambda room=room: pair.receiver.state(room) is not ReceiverState.CONNECTING)  # type: ignore[misc]
+
+    for room, wanted in ((8, 999), (9, 0)):
+        assert pair.receiver.state(room) is ReceiverState.FAILED
+        assert f"prefill-0 was restarted: wanted epoch {wanted}, found 1" in pair.receiver.reason(room)
+    assert pair.receiver.state(7) is ReceiverState.READY
+    pair.sender.offer(7)
+    pair.receiver.grant(7, pages(40), 1, 0)
+    eventually(lambda: pair.sender.state(7) is SenderState.GRANTED)
+    pair.sender.send(7, pages(1), AUX)
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.DONE)
+
+
+def test_a_later_life_takes_the_place_of_one_that_nobody_has_missed_yet() -> None:
+    """The old process hangs with its connection open, as behind a host that vanished; a new one has its port."""
+    pair = Pair(("tcp",), deadlines=replace(QUICK, silence_s=30.0))
+    pair.begin(7, [40])
+    listener = socket.create_server(("127.0.0.1", 0))
+    old, new = pair.port, listener.getsockname()[1]
+    listener.close()
+    source = filled(1)
+    later = Sender(source, KEY, worker="prefill-0", epoch=5, transports=made(("tcp",), source, None), deadlines=QUICK)
+    later.listen("127.0.0.1", new)
+    # The same address for both: what a restart on the same port looks like to decode.
+    pair.receiver._peers[("127.0.0.1", new)] = pair.receiver._peers.pop(("127.0.0.1", old))
+    pair.receiver._peers[("127.0.0.1", new)].address = ("127.0.0.1", new)
+
+    pair.receiver.open(8, "127.0.0.1", new, 5)
+
+    eventually(lambda: pair.receiver.state(8) is ReceiverState.READY)
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
+    later.close()
+    pair.close()
+
+
+def test_every_end_is_told_once_with_what_it_came_to(pair: Pair) -> None:
+    pair.begin(7, [40, 41], prefix_tokens=32)
+    pair.sender.send(7, pages(1, 2), AUX)
+    eventually(lambda: len(pair.ended) == 1)
+    pair.begin(8, [42])
+    pair.sender.fail(8, "request aborted")
+    eventually(lambda: len(pair.ended) == 2)
+
+    done, failed = pair.ended
+    assert (done.room, done.pages, done.moved_bytes) == (7, 2, 2 * LAYOUT.bytes_per_page)
+    assert (done.prefix_tokens, done.reason, done.prefill) == (32, "", "prefill-0")
+    assert (failed.room, failed.moved_bytes) == (8, 0)
+    assert failed.reason == "prefill worker prefill-0: request aborted"
+    pair.receiver.forget(7)
+    pair.receiver.forget(8)
+    time.sleep(3 * QUICK.ping_s)
+    assert len(pair.ended) == 2
+
+
+def test_a_frozen_prefill_that_goes_on_writes_into_no_page_that_was_given_away() -> None:
+    """A child process holds its write, is frozen past the silence, and goes on when its pages are another's."""
+    root = str(Path(__file__).parents[2])
+    for transports in TRANSPORTS:
+        with ExitStack() as stack:
+            program = FROZEN_PROCESS.format(root=root, transports=transports)
+            prefill = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            )
+            stack.callback(prefill.kill)
+            assert prefill.stdout is not None
+            port = int(prefill.stdout.readline())
+            pair = Pair(transports)
+            stack.callback(pair.close)
+            pair.receiver.open(7, "127.0.0.1", port)
+            eventually(lambda pair=pair: pair.receiver.state(7) is ReceiverState.READY)  # type: ignore[misc]
+            pair.receiver.grant(7, pages(40, 41), 1, 0)
+            assert prefill.stdout.readline() == "held\n"
+
+            os.kill(prefill.pid, signal.SIGSTOP)
+            eventually(lambda pair=pair: pair.receiver.state(7) is ReceiverState.FAILED)  # type: ignore[misc]
+            for buffer in pair.destination.buffers:
+                buffer[[40, 41]] = 7
+            os.kill(prefill.pid, signal.SIGCONT)
+
+            assert prefill.stdout.readline() == "over\n"
+            assert all(bool((buffer[[40, 41]] == 7).all()) for buffer in pair.destination.buffers)
+
+
 def test_shared_memory_of_another_process_is_refused_without_its_token() -> None:
     _pool, address = shared_pool(LAYOUT)
     with pytest.raises(NotShared, match="not the peer's memory"):
         Pool.open_shared(LAYOUT, msgspec.structs.replace(address, token=b"x" * 32))
+    with pytest.raises(NotShared, match="wanted /proc/PROCESS/fd/NUMBER"):
+        Pool.open_shared(LAYOUT, msgspec.structs.replace(address, path="/dev/zero"))
     with pytest.raises(NotShared, match="No such file"):
         Pool.open_shared(LAYOUT, msgspec.structs.replace(address, path="/proc/1/fd/987654"))
 
 
 def test_where_memory_cannot_be_shared_tcp_takes_over_and_says_why() -> None:
-    pair = Pair(("shm", "tcp"))
-    pair.receiver._shared = None  # a decode worker on another host offers none
+    pair = Pair(("shm", "tcp"), sharing=False)  # as a decode worker on another host
     pair.begin(7, [40])
     pair.sender.send(7, pages(1), AUX)
 
@@ -410,6 +559,41 @@ def test_where_memory_cannot_be_shared_tcp_takes_over_and_says_why() -> None:
     pair.close()
 
 
+FROZEN_PROCESS = """
+import sys, time
+import numpy as np
+sys.path.insert(0, {root!r})
+from transfer.auth import ClusterKey
+from transfer.deadlines import Deadlines
+from transfer.held import HeldTransport
+from transfer.layout import PoolLayout
+from transfer.pool import Pool
+from transfer.sender import Sender
+from transfer.session import SenderState
+from transfer.transports import make
+pool = Pool.zeros(PoolLayout("m", "float32", 16, (256, 512), (64, 128), 64))
+transports = make({transports!r}, pool, shared=None, tcp_lanes=2, nixl_devices=("lo",), stall_s=1.0)
+held = [HeldTransport(one) for one in transports]
+sender = Sender(pool, ClusterKey(bytes(range(32))), worker="prefill-0", epoch=1, transports=held,
+                deadlines=Deadlines(ping_s=0.05))
+for one in held:
+    one.hold()
+print(sender.listen("127.0.0.1", 0), flush=True)
+sender.offer(7)
+while sender.state(7) is not SenderState.GRANTED:
+    time.sleep(0.001)
+sender.send(7, np.array([1, 2], np.int32), [b"a" * 64, b"b" * 128])
+while not any(one.held.is_set() for one in held):
+    time.sleep(0.001)
+print("held", flush=True)
+time.sleep(0.5)  # Frozen here.
+for one in held:
+    one.release()
+while sender.state(7) is not SenderState.FAILED:
+    time.sleep(0.001)
+time.sleep(0.2)
+print("over", flush=True)
+"""
 PREFILL_PROCESS = """
 import sys, time
 sys.path.insert(0, {root!r})
@@ -418,9 +602,11 @@ from transfer.deadlines import Deadlines
 from transfer.layout import PoolLayout
 from transfer.pool import Pool
 from transfer.sender import Sender
-layout = PoolLayout("m", "float32", 16, (256, 512), (64, 128), 64)
-sender = Sender(Pool.zeros(layout), ClusterKey(bytes(range(32))), worker="prefill-0", epoch=1,
-                transports={transports!r}, deadlines=Deadlines(ping_s=0.05))
+from transfer.transports import make
+pool = Pool.zeros(PoolLayout("m", "float32", 16, (256, 512), (64, 128), 64))
+transports = make({transports!r}, pool, shared=None, tcp_lanes=2, nixl_devices=("lo",), stall_s=1.0)
+sender = Sender(pool, ClusterKey(bytes(range(32))), worker="prefill-0", epoch=1,
+                transports=transports, deadlines=Deadlines(ping_s=0.05))
 print(sender.listen("127.0.0.1", 0), flush=True)
 time.sleep(60)
 """

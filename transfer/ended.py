@@ -1,0 +1,24 @@
+"""What one hand-off came to, as decode saw it: for counters, and for whoever asks about a request."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True):
+    """One room, after its end."""
+
+    room: int
+    prefill: str
+    """The worker; "" where none was reached."""
+    transport: str
+    pages: int
+    """Pages that decode asked for; the ones that it held already are not among them."""
+    moved_bytes: int
+    """KV that landed. 0 where the hand-off failed."""
+    prefix_tokens: int
+    """Tokens at the prompt's start that decode held already: they were not moved."""
+    took_s: float
+    """From the first word of the room to its end."""
+    reason: str
+    """Why it failed; "" where it did not."""

@@ -1,0 +1,117 @@
+"""Pages between two pools on one host: the writer maps the other's pool and copies into it. One copy in all.
+
+What SGLang's decode kernels read is the memory that prefill wrote. A lease (transfer/lease.py)
+takes that memory from a writer that is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import msgspec
+
+from transfer.layout import PoolLayout
+from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
+from transfer.plan import Pages, check_range, pieces, runs
+from transfer.pool import NotShared, Pool, SharedAddress
+from transfer.transport import Lanes, RouteLost, Unreachable, Wire
+
+log = logging.getLogger(__name__)
+
+PIECE_BYTES = 4 << 20
+"""Copied at once: the loop looks at its sockets, and the writer at its lease, after each piece (about half a ms)."""
+WITHDRAW_AGAIN_S = 0.005
+SAY_AFTER_S = 1.0
+
+
+class _Address(msgspec.Struct, frozen=True, array_like=True):
+    pool: SharedAddress
+    lease: LeaseAddress
+
+
+class ShmTransport:
+    """`shared` is where this process's own pool can be mapped; None where it cannot, and only writes."""
+
+    name = "shm"
+
+    def __init__(self, pool: Pool, shared: SharedAddress | None = None) -> None:
+        self._pool = pool
+        self._shared = shared
+
+    async def land(self, wire: Wire) -> ShmLanding:
+        if self._shared is None:
+            raise Unreachable("shm: this pool does not lie in shared memory")
+        return ShmLanding(self._shared)
+
+    async def connect(self, description: bytes, layout: PoolLayout, lanes: Lanes) -> ShmRoute:
+        try:
+            address = msgspec.msgpack.decode(description, type=_Address)
+            return ShmRoute(self._pool, Pool.open_shared(layout, address.pool), Leave(address.lease))
+        except (msgspec.MsgspecError, NotShared, Withdrawn) as error:
+            raise Unreachable(f"shm: {error}") from error
+
+
+class ShmLanding:
+    """Decode's end. It sees nothing of what is written: the writer's word counts, and the lease."""
+
+    def __init__(self, shared: SharedAddress) -> None:
+        self._shared = shared
+        self._lease: Lease | None = Lease()
+        self._address = _Address(shared, self._lease.address)
+
+    def describe(self) -> bytes:
+        return msgspec.msgpack.encode(self._address)
+
+    def expect(self, tag: int, pages: Pages) -> None:
+        pass
+
+    def coming(self, tag: int) -> None:
+        pass
+
+    async def landed(self, tag: int) -> None:
+        pass
+
+    async def fence(self, tag: int) -> None:
+        pass
+
+    async def disconnect(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return
+        began_s, said = time.monotonic(), False
+        while not lease.withdraw():
+            if not said and time.monotonic() - began_s > SAY_AFTER_S:
+                said = True
+                log.warning("pages kept back: a prefill process is frozen while it writes to them, until it goes on")
+            await asyncio.sleep(WITHDRAW_AGAIN_S)
+        lease.close()
+
+
+class ShmRoute:
+    """Prefill's end."""
+
+    def __init__(self, pool: Pool, mapped: Pool, leave: Leave) -> None:
+        self._pool = pool
+        self._mapped = mapped
+        self._leave: Leave | None = leave
+        self._piece_pages = max(1, PIECE_BYTES // pool.layout.bytes_per_page)
+
+    async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
+        check_range(source, self._pool.layout.pages)
+        check_range(destination, self._mapped.layout.pages)
+        for piece in pieces(runs(source, destination), self._piece_pages):
+            if self._leave is None:
+                raise RouteLost("shm: disconnected")
+            try:
+                with self._leave.writing():
+                    self._pool.copy_to(self._mapped, piece)
+            except Withdrawn as error:
+                raise RouteLost(f"shm: {error}") from error
+            await asyncio.sleep(0)
+
+    async def disconnect(self) -> None:
+        if self._leave is not None:
+            self._leave.close()
+            self._leave = None

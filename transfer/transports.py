@@ -1,0 +1,47 @@
+"""The transports by name, as the cluster file spells them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transfer.pool import Pool, SharedAddress
+from transfer.shm import ShmTransport
+from transfer.tcp import TcpTransport
+from transfer.transport import Transport
+
+NAMES = ("shm", "tcp", "nixl")
+
+
+def make(
+    names: Sequence[str],
+    pool: Pool,
+    *,
+    shared: SharedAddress | None,
+    tcp_lanes: int,
+    nixl_devices: tuple[str, ...],
+    stall_s: float,
+) -> list[Transport]:
+    """One of each, over this pool, in this order.
+
+    shared        where this process's pool can be mapped by others; None where it cannot
+    tcp_lanes     tcp's connections for each peer
+    nixl_devices  network devices that UCX may use and listen on
+    stall_s       a peer that takes or sends nothing for so long, in the middle of pages, is lost
+
+    Raises ValueError for another name, Unreachable for a transport whose library is missing.
+    """
+    made: list[Transport] = []
+    for name in names:
+        match name:
+            case "shm":
+                made.append(ShmTransport(pool, shared))
+            case "tcp":
+                made.append(TcpTransport(pool, lanes=tcp_lanes, stall_s=stall_s))
+            case "nixl":
+                # UCX is 230 MB of libraries: not loaded by those that do not use it.
+                from transfer.nixl import NixlTransport
+
+                made.append(NixlTransport(pool, devices=nixl_devices))
+            case _:
+                raise ValueError(f"transports: wanted some of {', '.join(NAMES)}, found {name}")
+    return made
