@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from engine.config import read_cluster
 from engine.launch.cluster import Cluster, Event
@@ -67,6 +71,17 @@ def running(
     ):
         cluster.wait_ready()
         yield cluster
+
+
+def changed_config(file: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """configs/local-cpu.yaml on a free port, changed and written to `file`."""
+    tree = yaml.safe_load(LOCAL_CPU.read_text())
+    with socket.socket() as placeholder:
+        placeholder.bind(("127.0.0.1", 0))
+        tree["router"]["port"] = placeholder.getsockname()[1]
+    change(tree)
+    file.write_text(yaml.safe_dump(tree))
+    return file
 
 
 @contextmanager

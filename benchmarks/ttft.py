@@ -8,21 +8,16 @@ workers by hand, without the router: the difference is what the router adds.
 
 from __future__ import annotations
 
-import http.client
-import json
-import random
 import sys
-import threading
 import time
 from typing import Any
-from urllib.parse import urlsplit
 
 from benchmarks import report
 from benchmarks.bench_cluster import run_main, running
-from benchmarks.client import Answer, ask, complete
+from benchmarks.client import complete
+from benchmarks.legs import direct
 from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
-from engine.spec import WorkerSpec
 
 PREFIX_WORDS = 1000
 """As many tokens of SmolLM2."""
@@ -49,7 +44,7 @@ def measure(cluster: Cluster, repeats: int) -> dict[str, Any]:
     prefill = next(worker for worker in cluster.plan.workers if worker.role == "prefill")
     decode = next(worker for worker in cluster.plan.workers if worker.role == "decode")
     complete(cluster.url, model, sentence(1, 30), MAX_TOKENS)  # connections and first-use work, on every path
-    direct(prefill, decode, model, sentence(2, 30))
+    direct(prefill, decode, model, sentence(2, 30), MAX_TOKENS)
     times: dict[str, list[float]] = {"router cold": [], "router cached": [], "direct cold": [], "direct cached": []}
     cached_tokens = []
     for repeat in range(repeats):
@@ -61,7 +56,7 @@ def measure(cluster: Cluster, repeats: int) -> dict[str, Any]:
                 if way == "router":
                     answer = complete(cluster.url, model, prompt, MAX_TOKENS)
                 else:
-                    answer = direct(prefill, decode, model, prompt)
+                    answer = direct(prefill, decode, model, prompt, MAX_TOKENS)
                 if answer.ttft_s is None:
                     raise SystemExit(f"ttft: wanted a token, found {answer.status} {answer.error}")
                 times[f"{way} {kind}"].append(answer.ttft_s)
@@ -77,32 +72,6 @@ def measure(cluster: Cluster, repeats: int) -> dict[str, Any]:
     result["router_adds_s"] = round(medians["router cached"] - medians["direct cached"], 3)
     result["samples_s"] = {name: [round(value, 3) for value in values] for name, values in times.items()}
     return result
-
-
-def direct(prefill: WorkerSpec, decode: WorkerSpec, model: str, prompt: str) -> Answer:
-    """Both legs by hand, as the router sends them; timed at the decode worker's stream."""
-    body = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": MAX_TOKENS,
-        "temperature": 0,
-        "bootstrap_host": prefill.host,
-        "bootstrap_port": prefill.handoff_port,
-        "bootstrap_room": random.randint(1, 2**62),
-    }
-    other_leg = threading.Thread(target=_post, args=(f"http://{prefill.host}:{prefill.port}", body))
-    other_leg.start()
-    answer = ask(f"http://{decode.host}:{decode.port}", "/v1/completions", body)
-    other_leg.join()
-    return answer
-
-
-def _post(url: str, body: dict[str, Any]) -> None:
-    target = urlsplit(url)
-    connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=300)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-    connection.getresponse().read()
-    connection.close()
 
 
 if __name__ == "__main__":
