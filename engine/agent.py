@@ -29,6 +29,7 @@ from engine.spec import WorkerSpec, page_socket
 from transfer import wire
 from transfer.auth import SIGNATURE_HEADER, ClusterKey
 from transfer.courier import Courier
+from transfer.undecodable import UNDECODABLE
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Agent:
             while True:
                 try:
                     burst = decode_burst(await pages.recv())
-                except msgspec.MsgspecError as error:
+                except UNDECODABLE as error:
                     log.warning("burst of the scheduler refused: %s", error)
                     continue
                 if burst.events:
@@ -137,7 +138,7 @@ class Agent:
                 router, *_, body = await replay.recv_multipart()
                 try:
                     request = wire.decode_page_request(body)
-                except msgspec.MsgspecError as error:
+                except UNDECODABLE as error:
                     log.warning("page request refused: %s", error)
                     continue
                 for message in self._journal.answer(request):

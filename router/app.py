@@ -39,6 +39,7 @@ from router.render import Renderer
 from router.state import explanation, snapshot
 from router.upstream import Upstream
 from transfer.auth import SIGNATURE_HEADER, BadSignature, ClusterKey
+from transfer.undecodable import UNDECODABLE
 from transfer.wire import VERSION, Registered, Registration
 
 log = logging.getLogger(__name__)
@@ -275,7 +276,7 @@ def _add_service(app: FastAPI, router: Router) -> None:
             return _error(ApiError(401, str(error)))
         try:
             router.register(_decode_registration(body))
-        except (msgspec.DecodeError, ValueError) as error:
+        except (*UNDECODABLE, ValueError) as error:
             return _error(ApiError(400, str(error)))
         return Response(msgspec.json.encode(Registered(router=router.id)), media_type="application/json")
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import msgspec
 import zmq
 import zmq.asyncio
 
@@ -24,6 +23,7 @@ from router.index import Index
 from router.sequence import Sequence, Step
 from transfer.auth import ClusterKey
 from transfer.ended import Ended
+from transfer.undecodable import UNDECODABLE
 from transfer.wire import (
     Batch,
     Cleared,
@@ -163,7 +163,7 @@ class Follower:
                 break
             try:
                 message = decode(frames[-1])
-            except msgspec.DecodeError as error:
+            except UNDECODABLE as error:
                 # Whatever it was is missing now, which the sequence will notice.
                 log.warning("page message refused worker=%s bytes=%d error=%s", name, len(frames[-1]), error)
                 continue

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from router.template import ContentFormat
+from transfer.undecodable import UNDECODABLE
 
 Json = dict[str, Any]
 
@@ -186,7 +187,7 @@ def _arguments(given: Any, role: str) -> Any:
         return given
     try:
         parsed = msgspec.json.decode(given)
-    except msgspec.DecodeError:
+    except (*UNDECODABLE, UnicodeEncodeError):
         raise Unrenderable("messages: tool call arguments are not JSON") from None
     if not isinstance(parsed, dict):
         raise Unrenderable("messages: tool call arguments are not an object")

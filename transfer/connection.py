@@ -10,6 +10,7 @@ import contextlib
 import socket
 
 from transfer import handoff
+from transfer.undecodable import UNDECODABLE
 
 
 class PeerLost(Exception):
@@ -74,7 +75,7 @@ class Connection:
         try:
             message: handoff.Message = handoff.decode(body)
             return message
-        except handoff.DECODE_ERRORS as error:
+        except UNDECODABLE as error:
             raise PeerLost(f"frame: {error}") from error
 
     def detach(self) -> socket.socket:

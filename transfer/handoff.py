@@ -155,5 +155,3 @@ Message = (
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Message).decode
-DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What `decode` raises for bytes that are no message: also for text that is none, and for lists in lists in lists."""

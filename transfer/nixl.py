@@ -39,6 +39,7 @@ from transfer.layout import PoolLayout
 from transfer.plan import Pages, check_range
 from transfer.pool import Pool
 from transfer.transport import Lanes, RouteLost, Unreachable, Wire
+from transfer.undecodable import UNDECODABLE
 
 log = logging.getLogger(__name__)
 
@@ -404,7 +405,7 @@ def _checked(description: bytes, layout: PoolLayout, mine: PoolLayout) -> _Descr
     """The description, once it fits the peer's layout, and that fits this side's. Raises Unreachable."""
     try:
         there = msgspec.msgpack.decode(description, type=_Description)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise Unreachable(f"nixl: {error}") from error
     for field, wanted, found in (
         ("page_bytes", mine.page_bytes, layout.page_bytes),

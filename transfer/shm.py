@@ -17,6 +17,7 @@ from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
 from transfer.plan import Pages, check_range, pieces, runs
 from transfer.pool import NotShared, Pool, SharedAddress
 from transfer.transport import Lanes, RouteLost, Unreachable, Wire
+from transfer.undecodable import UNDECODABLE
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class ShmTransport:
         try:
             address = msgspec.msgpack.decode(description, type=_Address)
             return ShmRoute(self._pool, Pool.open_shared(layout, address.pool), Leave(address.lease))
-        except (msgspec.MsgspecError, NotShared, Withdrawn) as error:
+        except (*UNDECODABLE, NotShared, Withdrawn) as error:
             raise Unreachable(f"shm: {error}") from error
 
 

@@ -153,7 +153,8 @@ def test_events_of_the_scheduler_reach_a_router_and_a_late_one_catches_up(tmp_pa
             assert registration.held_pages == 2
 
             await asyncio.to_thread(outbox.close)
-            await late.send(b"no page request")
+            for unreadable in (b"no page request", b"\x93\xa2\xff\xfe\x01\x01", b"\x91" * 60_000):
+                await late.send(unreadable)
             await late.send(wire.encode(wire.PageRequest(77, 1)))
             async with asyncio.timeout(10):
                 assert wire.decode_page_message(await late.recv()) == wire.CaughtUp("prefill-0", 77, 1)

@@ -256,6 +256,14 @@ UNRENDERABLE: list[tuple[str, dict[str, Any]]] = [
     ("without content", {"messages": [{"role": "user"}]}),
     ("role", {"messages": [{"content": "x"}]}),
     ("unknown role", {"messages": [{"role": "USER", "content": "x"}]}),
+    (
+        "not JSON",
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}]},
+    ),
+    (
+        "not JSON",
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "\ud800"}}]}]},
+    ),
     ("not JSON", {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}),
     ("neither text", {"messages": [{"role": "user", "content": 3}]}),
     ("does not reach", {"messages": CHATS[0], "chat_template_kwargs": {"tokenize": True}}),

@@ -270,7 +270,9 @@ def test_a_page_that_is_none_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("name", TRANSPORTS)
-@pytest.mark.parametrize("description", [b"", b"garbage", b"\x92\x01\x02", bytes(4096)])
+@pytest.mark.parametrize(
+    "description", [b"", b"garbage", b"\x92\x01\x02", bytes(4096), b"\x92\xa2\xff\xfe\x01", b"\x91" * 60_000]
+)
 def test_a_description_that_leads_nowhere_is_unreachable(name: str, description: bytes) -> None:
     async def work() -> None:
         async with joined(name) as ends:
