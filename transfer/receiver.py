@@ -377,8 +377,8 @@ class Receiver:
             case _:
                 raise ValueError(f"message: wanted Chunk, Last, Stop or Ping, found {type(message).__name__}")
         incoming = self._rooms.get(room)
-        if incoming is None or incoming.peer is not peer:
-            return  # Over and forgotten; or never this peer's, and then nothing of it is changed.
+        if incoming is None or incoming.peer is not peer or incoming.state in TERMINAL:
+            return  # Over, or forgotten; or never this peer's, and then nothing of it is changed.
         match message:
             case handoff.Chunk(_, count):
                 incoming.coming_pages += count

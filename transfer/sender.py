@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 ACCEPT_AGAIN_S = 0.1
 MAX_STRANGERS = 64
-"""Connections that have not proved yet that they hold the cluster's key; more are closed at once."""
+"""Connections that have not proved yet that they hold the cluster's key. One more costs the oldest its place."""
 SLICE_BYTES = 64 << 20
 """Written at once; in between, a hand-off that ended is noticed."""
 
@@ -111,7 +111,8 @@ class Sender:
         self._slice_pages = max(1, SLICE_BYTES // pool.layout.bytes_per_page)
         self._lock = threading.Lock()
         self._rooms: dict[int, _Outgoing] = {}
-        self._strangers = 0
+        self._strangers: dict[Connection, None] = {}
+        """Oldest first."""
         self._lanes = ParkedLanes(2 * deadlines.connect_s, clock)
         self._courier = Courier(f"handoff-sender-{worker}")
 
@@ -243,10 +244,6 @@ class Sender:
                     log.warning("hand-off connection not accepted: %s", error)
                     await asyncio.sleep(ACCEPT_AGAIN_S)
                     continue
-                if self._strangers >= MAX_STRANGERS:
-                    sock.close()
-                    continue
-                self._strangers += 1
                 self._courier.spawn(self._serve(sock))
         finally:
             listener.close()
@@ -255,9 +252,13 @@ class Sender:
         try:
             connection = Connection(sock, self._deadlines.connect_s)
         except OSError:  # Gone already.
-            self._strangers -= 1
             sock.close()
             return
+        if len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.cut()
+        self._strangers[connection] = None
         try:
             peer = await self._greet(connection)
         except (PeerLost, TimeoutError) as error:
@@ -276,7 +277,7 @@ class Sender:
             try:
                 hello = await admit(connection, self._me)
             finally:
-                self._strangers -= 1
+                self._strangers.pop(connection, None)
             if isinstance(hello, handoff.Lane):
                 self._lanes.park(hello.token, connection.detach())
                 return None
@@ -331,6 +332,9 @@ class Sender:
         check_range(pages, peer.layout.pages)
         outgoing = self._room(room)
         ended = outgoing.state in TERMINAL
+        if not ended and outgoing.peer is not None and outgoing.peer is not peer:
+            peer.jobs.put_nowait(_Say(handoff.Stop(room, f"decode worker {outgoing.peer.name} has this room")))
+            return
         self._step(room, outgoing, Event.GRANTED, peer)
         if not ended:
             outgoing.peer, outgoing.pages, outgoing.prefix_tokens = peer, pages, grant.prefix_tokens

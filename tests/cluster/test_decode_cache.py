@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,21 +54,6 @@ def test_only_what_decode_lacks_is_moved_and_cached_tokens_stay_what_prefill_sav
     assert [one.matched_tokens for one in (first, again, whole_pages)] == [0, 96, 80]
 
 
-def test_the_metrics_have_counted_it(live: Cluster) -> None:
-    before = counted(live)
-    asked(live, prompt_of(160, 4))
-    asked(live, prompt_of(160, 4))
-
-    deadline_s = time.monotonic() + WAIT_S
-    while (after := counted(live))["handoffs"] < before["handoffs"] + 2:
-        assert time.monotonic() < deadline_s, (before, after)
-        time.sleep(0.1)
-
-    grown = {name: after[name] - before[name] for name in after}
-    # The second time, decode holds all ten pages of the prompt.
-    assert grown == {"handoffs": 2, "pages": 10, "bytes": 10 * PAGE_BYTES, "prefix_tokens": 160}
-
-
 def counted(cluster: Cluster) -> dict[str, int]:
     """The router's sums over all pairs and transports."""
     with urlopen(cluster.url + "/metrics", timeout=5) as answer:
@@ -99,10 +85,26 @@ def narrow(**engine: Any) -> ClusterConfig:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Of these tests only: what its counters say is what they did."""
     config = narrow(**{"max-total-tokens": 320, "num-reserved-decode-tokens": 16})
     with started(config, tmp_path_factory.mktemp("small")) as cluster:
         yield cluster
+
+
+def test_the_metrics_have_counted_it(small: Cluster) -> None:
+    before = counted(small)
+    asked(small, prompt_of(160, 4))
+    asked(small, prompt_of(160, 4))
+
+    deadline_s = time.monotonic() + WAIT_S
+    while (after := counted(small))["handoffs"] < before["handoffs"] + 2:
+        assert time.monotonic() < deadline_s, (before, after)
+        time.sleep(0.1)
+
+    grown = {name: after[name] - before[name] for name in after}
+    # The second time, decode holds all ten pages of the prompt.
+    assert grown == {"handoffs": 2, "pages": 10, "bytes": 10 * PAGE_BYTES, "prefix_tokens": 160}
 
 
 def test_requests_that_lose_their_pages_for_a_while_end_with_the_same_tokens(small: Cluster) -> None:

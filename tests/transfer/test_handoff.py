@@ -330,6 +330,33 @@ def test_strangers_that_say_nothing_do_not_keep_a_peer_out(pair: Pair) -> None:
     eventually(lambda: pair.receiver.state(7) is ReceiverState.DONE)
 
 
+def test_a_room_that_another_decode_worker_has_is_refused_to_this_one_and_nobody_is_lost(pair: Pair) -> None:
+    pair.begin(7, [40])
+    pool, address = shared_pool(LAYOUT)
+    names = tuple(writer.name for writer in pair.writers)
+    other = Receiver(
+        pool,
+        Pool.zeros(AUX_LAYOUT),
+        KEY,
+        worker="decode-1",
+        epoch=3,
+        transports=made(names, pool, address),
+        deadlines=QUICK,
+    )
+    other.open(7, "127.0.0.1", pair.port)
+    other.open(8, "127.0.0.1", pair.port)
+    eventually(lambda: other.state(8) is ReceiverState.READY)
+
+    other.grant(7, pages(41), 1, 0)
+
+    eventually(lambda: other.state(7) is ReceiverState.FAILED)
+    assert "decode worker decode-0 has this room" in other.reason(7)
+    assert other.state(8) is ReceiverState.READY
+    pair.sender.send(7, pages(1), AUX)
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.DONE)
+    other.close()
+
+
 def test_a_room_belongs_to_one_request_and_a_second_one_harms_nobody(pair: Pair) -> None:
     pair.begin(7, [40])
 
