@@ -46,7 +46,7 @@ from transfer.auth import ClusterKey
 from transfer.courier import Courier
 from transfer.deadlines import Deadlines
 from transfer.layout import PoolLayout
-from transfer.plan import Run, pieces
+from transfer.plan import Pages
 from transfer.pool import Bytes, Pool, SharedAddress, SharedArena
 from transfer.receiver import Receiver
 from transfer.sender import Sender
@@ -217,15 +217,13 @@ class TrappedPool(Pool):
         self.trap: int | None = None
         self.chooser = random.Random(0)
 
-    def copy_to(self, other: Pool, runs: Sequence[Run]) -> int:
-        half = max(1, sum(run.pages for run in runs) // 2)
-        copied = 0
-        for number, part in enumerate(pieces(runs, half)):
-            if number:
+    def copy_to(self, other: Pool, source: Pages, destination: Pages) -> None:
+        half = max(1, len(source) // 2)
+        for start in range(0, len(source), half):
+            if start:
                 self._spring()
                 time.sleep(self.chooser.choice((0, 0, 0.001, 0.004, 0.02)))
-            copied += super().copy_to(other, part)
-        return copied
+            super().copy_to(other, source[start : start + half], destination[start : start + half])
 
     def views(self, starts_and_counts: Sequence[tuple[int, int]]) -> list[memoryview]:
         self._spring()

@@ -12,6 +12,9 @@ import socket
 from transfer import handoff
 from transfer.undecodable import UNDECODABLE
 
+_READ_BYTES = 1 << 16
+"""Read at once, where so much has come."""
+
 
 class PeerLost(Exception):
     """The connection ended, broke, or carried something that is no frame."""
@@ -20,15 +23,19 @@ class PeerLost(Exception):
 class Connection:
     """One peer's socket. One task reads; several may send, each frame stays whole."""
 
-    def __init__(self, sock: socket.socket, stall_s: float) -> None:
-        """stall_s: a peer that sends nothing, or takes nothing, for so long is lost (see `expect_signs`)"""
+    def __init__(self, sock: socket.socket, send_s: float) -> None:
+        """send_s: a peer that takes nothing for so long is lost"""
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
-        self._stall_s = stall_s
+        self._send_s = send_s
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
         self._limit_bytes = handoff.MAX_STRANGER_BYTES
+        self._received = bytearray()
+        """What has come and is not read yet."""
+        self._heard_s = self._loop.time()
+        self._why_cut = ""
 
     @classmethod
     async def connect(cls, host: str, port: int, timeout_s: float) -> Connection:
@@ -51,27 +58,41 @@ class Connection:
         """The peer has proved that it holds the cluster's key: from now on long messages are taken."""
         self._limit_bytes = handoff.MAX_MESSAGE_BYTES
 
-    def expect_signs(self, stall_s: float) -> None:
-        """The handshake is over, and the peer gives signs of life: without any for so long, it is lost."""
-        self._stall_s = stall_s
+    async def ping(self, every_s: float) -> None:
+        """Gives signs of life until cancelled, or until the peer takes none."""
+        try:
+            while True:
+                await asyncio.sleep(every_s)
+                await self.send(handoff.Ping())
+        except PeerLost:
+            self.cut()
+
+    async def watch(self, silence_s: float) -> None:
+        """Cuts the connection once the peer has given no sign of life for so long."""
+        while (left_s := self._heard_s + silence_s - self._loop.time()) > 0:
+            await asyncio.sleep(left_s)
+        self._why_cut = f"silent for {silence_s:g} s"
+        self.cut()
 
     async def send(self, *messages: handoff.Message) -> None:
         """One frame for each, together. Raises PeerLost."""
         bodies = [handoff.encode(message) for message in messages]
         data = b"".join(part for body in bodies for part in (handoff.FRAME.pack(len(body)), body))
-        async with self._sending:
-            try:
-                async with asyncio.timeout(self._stall_s):
-                    await self._loop.sock_sendall(self._socket, data)
-            except OSError as error:
-                raise PeerLost(str(error) or self._silence) from error
+        try:
+            async with self._sending:
+                sent = self._send_now(data)
+                if sent < len(data):
+                    async with asyncio.timeout(self._send_s):
+                        await self._loop.sock_sendall(self._socket, memoryview(data)[sent:])
+        except OSError as error:
+            raise PeerLost(self._why_cut or str(error) or f"took nothing for {self._send_s:g} s") from error
 
     async def receive(self) -> handoff.Message:
         """The next message. Raises PeerLost."""
-        (size_bytes,) = handoff.FRAME.unpack(await self._receive_bytes(handoff.FRAME.size))
+        size_bytes = handoff.FRAME.unpack(await self._take(handoff.FRAME.size))[0]
         if size_bytes > self._limit_bytes:
             raise PeerLost(f"frame: wanted at most {self._limit_bytes} bytes, found {size_bytes}")
-        body = await self._receive_bytes(size_bytes)
+        body = await self._take(size_bytes)
         try:
             message: handoff.Message = handoff.decode(body)
             return message
@@ -79,7 +100,9 @@ class Connection:
             raise PeerLost(f"frame: {error}") from error
 
     def detach(self) -> socket.socket:
-        """The socket, for whoever goes on with it. Nothing that the peer sent after the last message is lost."""
+        """The socket, for whoever goes on with it. Raises PeerLost where the peer did not wait for that."""
+        if self._received:
+            raise PeerLost(f"lane: wanted nothing before it is used, found {len(self._received)} bytes")
         return self._socket
 
     def cut(self) -> None:
@@ -91,20 +114,24 @@ class Connection:
         """Gives the descriptor back. For the task that reads: another one's wait would not end."""
         self._socket.close()
 
-    async def _receive_bytes(self, size_bytes: int) -> bytearray:
-        data = bytearray(size_bytes)
-        view = memoryview(data)
-        while view.nbytes:
-            try:
-                async with asyncio.timeout(self._stall_s):
-                    received = await self._loop.sock_recv_into(self._socket, view)
-            except OSError as error:
-                raise PeerLost(str(error) or self._silence) from error
-            if received == 0:
-                raise PeerLost("connection closed")
-            view = view[received:]
-        return data
+    def _send_now(self, data: bytes) -> int:
+        """How much of it the kernel took at once. Raises OSError."""
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
 
-    @property
-    def _silence(self) -> str:
-        return f"silent for {self._stall_s:g} s"
+    async def _take(self, size_bytes: int) -> bytes:
+        """The next bytes. Raises PeerLost."""
+        while len(self._received) < size_bytes:
+            try:
+                some = await self._loop.sock_recv(self._socket, max(_READ_BYTES, size_bytes - len(self._received)))
+            except OSError as error:
+                raise PeerLost(self._why_cut or str(error)) from error
+            if not some:
+                raise PeerLost(self._why_cut or "connection closed")
+            self._heard_s = self._loop.time()
+            self._received += some
+        taken = bytes(self._received[:size_bytes])
+        del self._received[:size_bytes]
+        return taken

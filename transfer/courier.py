@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+import uvloop
+
 STOP_TIMEOUT_S = 5.0
 
 T = TypeVar("T")
@@ -20,14 +22,18 @@ class Courier:
     """Owns the loop. `call` and `spawn` may be used from any thread, `close` from any but its own."""
 
     def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
         """Runs `function` on the loop soon. Does nothing once closed."""
-        if not self._loop.is_closed():
+        if self._loop.is_closed():
+            return
+        if threading.current_thread() is self._thread:
+            self._loop.call_soon(function, *arguments)
+        else:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:

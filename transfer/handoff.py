@@ -9,7 +9,7 @@ pools; then decode offers transports, the preferred one first, until prefill rea
     decode  ── Offer(transport, address) ──> prefill
     prefill ── Reached ────────────────────> decode           or NotReached(reason): decode offers the next
     decode  ── Grant(room, pages) ─────────> prefill          where this request's pages shall go
-    prefill ── Chunk(room, count) ─────────> decode           so many pages are about to be written
+    prefill ── Chunk(room, count) ─────────> decode           so many pages are about to be written, or were just now
     prefill ── Last(room, pages, rows) ────> decode           all are written; the first token and its company
     decode  ── Ack(room) ──────────────────> prefill          this, and only this, is success
     either  ── Stop(room, reason) ─────────> the other        answered by Stopped(room): no write follows

@@ -47,6 +47,7 @@ class HeldTransport:
 class _HeldRoute:
     def __init__(self, inner: Route, free: threading.Event, held: threading.Event) -> None:
         self._inner = inner
+        self.landing_is_polled = inner.landing_is_polled
         self._free = free
         self._held = held
 

@@ -146,8 +146,14 @@ class NixlLanding:
             self._coming.add(tag)
             self._agent.submit(self._progress, tag)
 
+    def in_place(self, tag: int) -> bool:
+        """Always, but on a connection that is over: a writer says that it wrote once UCX has flushed."""
+        if self._disconnected:
+            return False
+        self._forget(tag)
+        return True
+
     async def landed(self, tag: int) -> None:
-        """Returns at once: a writer says that it wrote once UCX has flushed, and then the pages are in place."""
         if self._disconnected:
             raise RouteLost("nixl: disconnected")
         self._forget(tag)
@@ -182,6 +188,8 @@ class NixlLanding:
 
 class NixlRoute:
     """Prefill's end."""
+
+    landing_is_polled = True
 
     def __init__(self, agent: _Agent, mine: PoolLayout, theirs: PoolLayout, write_s: float) -> None:
         self._agent = agent

@@ -6,7 +6,6 @@ runs           (4 -> 1, 3 pages), (9 -> 4, 1 page)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,8 +26,7 @@ class Run(NamedTuple):
 
 def runs(source: Pages, destination: Pages) -> list[Run]:
     """Runs of pages that are neighbours on both sides, in order. Raises ValueError for unequal lengths."""
-    if len(source) != len(destination):
-        raise ValueError(f"pages: wanted as many destinations as sources, {len(source)}, found {len(destination)}")
+    check_lengths(source, destination)
     if len(source) == 0:
         return []
     breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(destination) != 1)) + 1
@@ -36,22 +34,10 @@ def runs(source: Pages, destination: Pages) -> list[Run]:
     return [Run(int(source[start]), int(destination[start]), int(end - start)) for start, end in pairwise(starts)]
 
 
-def pieces(planned: Sequence[Run], most_pages: int) -> Iterator[list[Run]]:
-    """The same runs in lists of at most so many pages each, in order; a long run is cut."""
-    piece: list[Run] = []
-    room = most_pages
-    for run in planned:
-        done = 0
-        while done < run.pages:
-            count = min(room, run.pages - done)
-            piece.append(Run(run.source + done, run.destination + done, count))
-            done += count
-            room -= count
-            if room == 0:
-                yield piece
-                piece, room = [], most_pages
-    if piece:
-        yield piece
+def check_lengths(source: Pages, destination: Pages) -> None:
+    """Raises ValueError unless there are as many of both."""
+    if len(source) != len(destination):
+        raise ValueError(f"pages: wanted as many destinations as sources, {len(source)}, found {len(destination)}")
 
 
 def check_range(pages: Pages, limit: int) -> None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from transfer import memfd
 from transfer.layout import PoolLayout
-from transfer.plan import Run
+from transfer.plan import Pages, runs
 
 Bytes = npt.NDArray[np.uint8]
 """A buffer's pages, shape (pages, bytes of one page)."""
@@ -153,12 +153,18 @@ class Pool:
             buffers.append(whole[offset:end].reshape(layout.pages, page_bytes))
         return cls(layout, buffers)
 
-    def copy_to(self, other: Pool, runs: Sequence[Run]) -> int:
-        """Copies these runs of pages into `other`, buffer by buffer. Returns the bytes copied."""
+    def copy_to(self, other: Pool, source: Pages, destination: Pages) -> None:
+        """Copies pages of this pool to as many of `other`, buffer by buffer."""
+        neighbours = np.count_nonzero((np.diff(source) == 1) & (np.diff(destination) == 1))
+        if 2 * neighbours < len(source):
+            pairs = list(zip(source.tolist(), destination.tolist(), strict=True))
+            for mine, theirs in zip(self.buffers, other.buffers, strict=True):
+                for here, there in pairs:
+                    theirs[there] = mine[here]
+            return
         for mine, theirs in zip(self.buffers, other.buffers, strict=True):
-            for run in runs:
-                theirs[run.destination : run.destination + run.pages] = mine[run.source : run.source + run.pages]
-        return sum(run.pages for run in runs) * self.layout.bytes_per_page
+            for here, there, pages in runs(source, destination):
+                theirs[there : there + pages] = mine[here : here + pages]
 
     def views(self, starts_and_counts: Sequence[tuple[int, int]]) -> list[memoryview]:
         """The bytes of these runs of pages, buffer by buffer: what goes over a socket."""

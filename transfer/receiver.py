@@ -89,13 +89,13 @@ class _Wire:
             raise RouteLost(str(error)) from error
         try:
             await open_lane(lane, self._key, token)
+            return lane.detach()
         except PeerLost as error:
             lane.close()
             raise RouteLost(str(error)) from error
         except BaseException:
             lane.close()
             raise
-        return lane.detach()
 
     def broken(self, reason: str) -> None:
         log.info("transport broken worker=%s reason=%s", self._peer.name, reason)
@@ -219,6 +219,8 @@ class Receiver:
                 self._courier.call(peer.outbox.put_nowait, handoff.Stop(room, incoming.reason))
             case Act.SAY_ACK:
                 self._courier.call(peer.outbox.put_nowait, handoff.Ack(room))
+            case Act.AWAIT_LANDED if peer.landing.in_place(room):
+                self._landed(room, incoming)
             case Act.AWAIT_LANDED:
                 self._courier.call(lambda: self._courier.spawn(self._land(peer, room, incoming)))
             case Act.FENCE:
@@ -295,7 +297,6 @@ class Receiver:
                 peer = _Peer(address, welcome, connection)
                 wire = _Wire(peer, self._me.key, deadlines, self._courier)
                 peer.transport, peer.landing, why = await offer(connection, welcome, self._transports, wire)
-                connection.expect_signs(deadlines.silence_s)
         except BaseException:
             connection.close()
             raise
@@ -320,7 +321,11 @@ class Receiver:
                 await self._part(peer, "no later life than the one that is connected")
                 return
             before.connection.cut()
-        writer = self._courier.spawn(self._write(peer))
+        tasks = [
+            self._courier.spawn(self._write(peer)),
+            self._courier.spawn(peer.connection.ping(self._deadlines.ping_s)),
+            self._courier.spawn(peer.connection.watch(self._deadlines.silence_s)),
+        ]
         reason = "this side failed"
         try:
             await self._read(peer)
@@ -328,7 +333,8 @@ class Receiver:
             reason = str(error)
         finally:
             log.warning("prefill worker lost worker=%s epoch=%d reason=%s", peer.name, peer.epoch, reason)
-            writer.cancel()
+            for task in tasks:
+                task.cancel()
             await self._part(peer, reason)
 
     async def _part(self, peer: _Peer, reason: str) -> None:
@@ -345,11 +351,7 @@ class Receiver:
     async def _write(self, peer: _Peer) -> None:
         try:
             while True:
-                try:
-                    async with asyncio.timeout(self._deadlines.ping_s):
-                        messages = [await peer.outbox.get()]
-                except TimeoutError:
-                    messages = [handoff.Ping()]
+                messages = [await peer.outbox.get()]
                 while not peer.outbox.empty():
                     messages.append(peer.outbox.get_nowait())
                 await peer.connection.send(*messages)
@@ -412,10 +414,14 @@ class Receiver:
         except RouteLost:
             return  # Fenced meanwhile, or the connection ends: that tells the room.
         with self._lock:
-            if incoming.state is ReceiverState.LANDING:
-                for view, row in zip(self._aux.views([(incoming.aux_row, 1)]), incoming.rows, strict=True):
-                    view[:] = row
-            self._step(room, incoming, Event.LANDED)
+            self._landed(room, incoming)
+
+    def _landed(self, room: int, incoming: _Incoming) -> None:
+        """Under the lock."""
+        if incoming.state is ReceiverState.LANDING:
+            for view, row in zip(self._aux.views([(incoming.aux_row, 1)]), incoming.rows, strict=True):
+                view[:] = row
+        self._step(room, incoming, Event.LANDED)
 
     async def _fence(self, peer: _Peer, room: int, incoming: _Incoming) -> None:
         await peer.landing.fence(room)

@@ -282,13 +282,16 @@ class Sender:
                 self._lanes.park(hello.token, connection.detach())
                 return None
             transport, route = await reach(connection, self._me, hello, self._transports, self._lanes)
-            connection.expect_signs(self._deadlines.silence_s)
             return _Peer(hello, connection, transport, route)
 
     async def _stay(self, peer: _Peer) -> None:
         """One connection's life, whatever ends it."""
         log.info("decode worker connected worker=%s epoch=%d transport=%s", peer.name, peer.epoch, peer.transport)
-        tasks = [self._courier.spawn(self._write(peer)), self._courier.spawn(self._ping(peer))]
+        tasks = [
+            self._courier.spawn(self._write(peer)),
+            self._courier.spawn(peer.connection.ping(self._deadlines.ping_s)),
+            self._courier.spawn(peer.connection.watch(self._deadlines.silence_s)),
+        ]
         reason = "this side failed"
         try:
             await self._read(peer)
@@ -364,21 +367,14 @@ class Sender:
             # Whatever ended it: a connection on which nobody writes is none.
             peer.connection.cut()
 
-    async def _ping(self, peer: _Peer) -> None:
-        """Signs of life, also while a long chunk is being written."""
-        try:
-            while True:
-                await asyncio.sleep(self._deadlines.ping_s)
-                await peer.connection.send(handoff.Ping())
-        except PeerLost:
-            peer.connection.cut()
-
     async def _write_chunk(self, peer: _Peer, write: _Write) -> None:
         outgoing = self._rooms.get(write.room)
         if outgoing is None or outgoing.state in TERMINAL:
             return
-        if len(write.source):
-            await peer.connection.send(handoff.Chunk(write.room, len(write.source)))
+        chunk: list[handoff.Message] = [handoff.Chunk(write.room, len(write.source))] if len(write.source) else []
+        if chunk and peer.route.landing_is_polled:
+            await peer.connection.send(*chunk)
+            chunk = []
         destination = outgoing.pages[write.first : write.first + len(write.source)]
         for start in range(0, len(write.source), self._slice_pages):
             if outgoing.state in TERMINAL:
@@ -387,8 +383,12 @@ class Sender:
             source = write.source[start:end]
             await peer.route.write(write.room, write.first + start, source, destination[start:end])
             outgoing.sent_bytes += len(source) * self._me.layout.bytes_per_page
-        if write.aux is not None and outgoing.state not in TERMINAL:
-            await peer.connection.send(handoff.Last(write.room, write.first + len(write.source), write.aux))
+        if outgoing.state in TERMINAL:
+            return
+        if write.aux is not None:
+            chunk.append(handoff.Last(write.room, write.first + len(write.source), write.aux))
+        if chunk:
+            await peer.connection.send(*chunk)
 
     def _lose(self, peer: _Peer, reason: str) -> None:
         with self._lock:

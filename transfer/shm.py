@@ -14,7 +14,7 @@ import msgspec
 
 from transfer.layout import PoolLayout
 from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
-from transfer.plan import Pages, check_range, pieces, runs
+from transfer.plan import Pages, check_lengths, check_range
 from transfer.pool import NotShared, Pool, SharedAddress
 from transfer.transport import Lanes, RouteLost, Unreachable, Wire
 from transfer.undecodable import UNDECODABLE
@@ -71,6 +71,9 @@ class ShmLanding:
     def coming(self, tag: int) -> None:
         pass
 
+    def in_place(self, tag: int) -> bool:
+        return True
+
     async def landed(self, tag: int) -> None:
         pass
 
@@ -93,6 +96,8 @@ class ShmLanding:
 class ShmRoute:
     """Prefill's end."""
 
+    landing_is_polled = False
+
     def __init__(self, pool: Pool, mapped: Pool, leave: Leave) -> None:
         self._pool = pool
         self._mapped = mapped
@@ -102,15 +107,18 @@ class ShmRoute:
     async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
         check_range(source, self._pool.layout.pages)
         check_range(destination, self._mapped.layout.pages)
-        for piece in pieces(runs(source, destination), self._piece_pages):
+        check_lengths(source, destination)
+        for start in range(0, len(source), self._piece_pages):
+            if start:
+                await asyncio.sleep(0)
             if self._leave is None:
                 raise RouteLost("shm: disconnected")
+            end = start + self._piece_pages
             try:
                 with self._leave.writing():
-                    self._pool.copy_to(self._mapped, piece)
+                    self._pool.copy_to(self._mapped, source[start:end], destination[start:end])
             except Withdrawn as error:
                 raise RouteLost(f"shm: {error}") from error
-            await asyncio.sleep(0)
 
     async def disconnect(self) -> None:
         if self._leave is not None:

@@ -19,13 +19,14 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from transfer.layout import PoolLayout
-from transfer.plan import Pages, check_range, runs
+from transfer.plan import Pages, check_lengths, check_range, runs
 from transfer.pool import Pool
 from transfer.transport import Lanes, RouteLost, Unreachable, Wire
 
@@ -37,6 +38,7 @@ _TIMEVAL = struct.Struct("@ll")
 _IOV_MAX = 1024
 """Vector entries a system call takes (Linux: UIO_MAXIOV)."""
 _SCRATCH_BYTES = 1 << 20
+_LOOPBACK_BUFFER_BYTES = 256 << 10
 
 
 class TcpTransport:
@@ -57,17 +59,27 @@ class TcpTransport:
         try:
             for _ in range(self._lanes):
                 dialled.append(await wire.dial(token))
-        except BaseException:
+                _prepare(dialled[-1], self._stall_s)
+        except BaseException as error:
             for sock in dialled:
                 sock.close()
+            if isinstance(error, OSError):
+                raise RouteLost(f"tcp: {error}") from error
             raise
-        return TcpLanding(self._pool, dialled, token, wire.broken, self._stall_s)
+        return TcpLanding(self._pool, dialled, token, wire.broken)
 
     async def connect(self, description: bytes, layout: PoolLayout, lanes: Lanes) -> TcpRoute:
         taken = lanes.take(description)
         if not taken:
             raise Unreachable("tcp: wanted lanes that decode has dialled, found none")
-        return TcpRoute(self._pool, layout, taken, self._stall_s)
+        try:
+            for sock in taken:
+                _prepare(sock, self._stall_s)
+        except OSError as error:
+            for sock in taken:
+                sock.close()
+            raise Unreachable(f"tcp: {error}") from error
+        return TcpRoute(self._pool, layout, taken)
 
 
 @dataclass
@@ -97,7 +109,6 @@ class TcpLanding:
         dialled: Sequence[socket.socket],
         token: bytes,
         broken: Callable[[str], None],
-        stall_s: float,
     ) -> None:
         self._pool = pool
         self._sockets = list(dialled)
@@ -108,7 +119,6 @@ class TcpLanding:
         self._reason = ""
         self._ended: list[Future[None]] = [Future() for _ in self._sockets]
         for number, (sock, ended) in enumerate(zip(self._sockets, self._ended, strict=True)):
-            _wait_at_most(sock, stall_s)
             threading.Thread(target=self._follow, args=(sock, ended), name=f"tcp-lane-{number}", daemon=True).start()
 
     def describe(self) -> bytes:
@@ -126,6 +136,14 @@ class TcpLanding:
 
     def coming(self, tag: int) -> None:
         pass
+
+    def in_place(self, tag: int) -> bool:
+        with self._lock:
+            expected = self._tags.get(tag)
+            if expected is None or expected.left:
+                return False
+            del self._tags[tag]
+            return True
 
     async def landed(self, tag: int) -> None:
         with self._lock:
@@ -211,21 +229,20 @@ class TcpLanding:
 class TcpRoute:
     """Prefill's end."""
 
-    def __init__(self, pool: Pool, layout: PoolLayout, lanes: Sequence[socket.socket], stall_s: float) -> None:
+    landing_is_polled = False
+
+    def __init__(self, pool: Pool, layout: PoolLayout, lanes: Sequence[socket.socket]) -> None:
         self._pool = pool
         self._layout = layout
         self._sockets = list(lanes)
         self._next = 0
         self._threads = ThreadPoolExecutor(len(self._sockets), thread_name_prefix="tcp-lane")
         self._connected = True
-        for sock in self._sockets:
-            _wait_at_most(sock, stall_s)
 
     async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
         check_range(source, self._pool.layout.pages)
         check_range(destination, self._layout.pages)
-        if len(source) != len(destination):
-            raise ValueError(f"pages: wanted as many destinations as sources, {len(source)}, found {len(destination)}")
+        check_lengths(source, destination)
         if not self._connected:
             raise RouteLost("tcp: disconnected")
         waiting = []
@@ -269,9 +286,13 @@ async def _done(future: Future[None]) -> None:
     await asyncio.shield(asyncio.wrap_future(future))
 
 
-def _wait_at_most(sock: socket.socket, stall_s: float) -> None:
+def _prepare(sock: socket.socket, stall_s: float) -> None:
     """Blocking, but not for ever."""
     sock.setblocking(True)
+    if sock.family != socket.AF_UNIX and ip_address(sock.getpeername()[0]).is_loopback:
+        # What lies between the two copies stays in the processor's cache: half the time for 64 MiB.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOOPBACK_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LOOPBACK_BUFFER_BYTES)
     limit = _TIMEVAL.pack(int(stall_s), int(stall_s % 1 * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

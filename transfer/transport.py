@@ -73,6 +73,9 @@ class Landing(Protocol):
     def coming(self, tag: int) -> None:
         """The writer is about to write under this tag: a transport that has to be polled is polled from now on."""
 
+    def in_place(self, tag: int) -> bool:
+        """Whether `landed` would return at once, given the same. The tag is over if so."""
+
     async def landed(self, tag: int) -> None:
         """Returns once every expected page is in place, given that the writer wrote them all. The tag is over then.
 
@@ -91,6 +94,10 @@ class Landing(Protocol):
 
 class Route(Protocol):
     """Prefill's end: the way into one decode worker's pool. One write at a time."""
+
+    @property
+    def landing_is_polled(self) -> bool:
+        """Whether decode has to be told before a write that it is coming (`Landing.coming`); else behind it will do."""
 
     async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
         """Writes pages of this side's pool. One-sided transports return when they are in place, others when sent.

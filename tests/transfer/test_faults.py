@@ -57,7 +57,7 @@ def test_a_fence_waits_for_the_lane_that_still_writes_where_another_lane_is_gone
 
     async def scenario() -> None:
         (mine, theirs), (gone, theirs_gone) = socket.socketpair(), socket.socketpair()
-        landing = TcpLanding(pool, [mine, gone], b"x" * 16, lambda _reason: None, 5.0)
+        landing = TcpLanding(pool, [mine, gone], b"x" * 16, lambda _reason: None)
         landing.expect(7, np.arange(4, dtype=np.int32))
         theirs.sendall(header + b"\1" * 4096)
         await _until_written(pool)
