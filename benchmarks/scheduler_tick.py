@@ -8,7 +8,8 @@ Real SGLang. A probe (benchmarks/tick_probe.py) rides in each worker's scheduler
     killed      … while the other one is killed (SIGKILL)
     blackhole   … while requests name a prefill worker whose port takes connections and never answers
 
-`ours` is the time in our own methods, `whole` everything that the scheduler does for hand-offs.
+`ours` is the time in our own methods, `whole` everything that the scheduler does for hand-offs, without the
+time in which it was ready to run and other processes had the cores.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ from engine.launch.cluster import Cluster
 BUSY = 64
 FULL = 60
 """So many in flight count as 64: some end, and others begin, within a tick."""
-PROMPT_WORDS = 200
-ANSWER_TOKENS = 16
+PROMPT_WORDS = 300
+ANSWER_TOKENS = 2
+"""Few, so that decode's ticks are short and many while prefill computes."""
 HOSTILE = 12
 """Hand-offs that the misbehaving peer has, or would have."""
-TICK = np.dtype([("at_s", "<f8"), ("in_flight", "<u4"), ("whole_ns", "<u4"), ("ours_ns", "<u4")])
+TICK = np.dtype([("at_s", "<f8"), ("in_flight", "<u4"), ("whole_ns", "<u4"), ("ours_ns", "<u4"), ("no_core_ns", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -200,15 +202,21 @@ def _within(ticks: np.ndarray[Any, Any], phase: Phase) -> np.ndarray[Any, Any]:
 
 
 def _summary(ticks: np.ndarray[Any, Any]) -> dict[str, Any]:
-    def spread(name: str) -> dict[str, float]:
-        values = ticks[name] / 1e3
+    def spread(values: np.ndarray[Any, Any]) -> dict[str, float]:
         if not len(values):
             return {"p50": 0.0, "p99": 0.0, "max": 0.0}
         p50, p99 = np.percentile(values, [50, 99])
         return {"p50": round(float(p50), 1), "p99": round(float(p99), 1), "max": round(float(values.max()), 1)}
 
     in_flight = int(np.median(ticks["in_flight"])) if len(ticks) else 0
-    return {"ticks": len(ticks), "in_flight": in_flight, "ours_us": spread("ours_ns"), "whole_us": spread("whole_ns")}
+    whole_us = np.maximum(ticks["whole_ns"].astype(float) - ticks["no_core_ns"], 0) / 1e3
+    return {
+        "ticks": len(ticks),
+        "in_flight": in_flight,
+        "ours_us": spread(ticks["ours_ns"] / 1e3),
+        "whole_us": spread(whole_us),
+        "no_core_us": spread(ticks["no_core_ns"] / 1e3),
+    }
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-RECORD = struct.Struct("<dIII")
-"""Seconds of the steady clock, hand-offs in flight, ns in the whole path, ns in our methods."""
+RECORD = struct.Struct("<dIIII")
+"""Seconds of the steady clock, hand-offs in flight, ns in the whole path, ns in our methods, and how many ns of the
+whole path the thread was ready to run and had no core: other processes' doing."""
 FILE_VARIABLE = "MAINSTEM_TICK_FILE"
 FLUSH_S = 0.5
 
@@ -50,6 +51,8 @@ class Probe:
         self._file: BinaryIO | None = None
         self._ours_ns = 0
         self._whole_ns = 0
+        self._no_core_ns = 0
+        self._schedstat = -1
         self._flushed_s = 0.0
 
     def ours(self, original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -60,11 +63,13 @@ class Probe:
             self._ours_ns += time.perf_counter_ns() - began_ns
 
     def part(self, original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        no_core_ns = self._without_core_ns()
         began_ns = time.perf_counter_ns()
         try:
             return original(*arguments, **named)
         finally:
             self._whole_ns += time.perf_counter_ns() - began_ns
+            self._no_core_ns += self._without_core_ns() - no_core_ns
 
     bootstrapped = part
 
@@ -86,8 +91,14 @@ class Probe:
         now_s = time.monotonic()
         if self._file is None:
             self._file = open(f"{self._path}.{os.getpid()}", "ab")  # noqa: SIM115  # for as long as the process lives
-        self._file.write(RECORD.pack(now_s, in_flight, self._whole_ns, self._ours_ns))
-        self._ours_ns = self._whole_ns = 0
+        self._file.write(RECORD.pack(now_s, in_flight, self._whole_ns, self._ours_ns, self._no_core_ns))
+        self._ours_ns = self._whole_ns = self._no_core_ns = 0
         if now_s - self._flushed_s > FLUSH_S:
             self._flushed_s = now_s
             self._file.flush()
+
+    def _without_core_ns(self) -> int:
+        """For how long this thread has waited for a core, ready to run, in its whole life (Linux: schedstat)."""
+        if self._schedstat < 0:
+            self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        return int(os.pread(self._schedstat, 100, 0).split()[1])

@@ -8,6 +8,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     SIGTERM                       -> the worker ends at once, and says goodbye
     radix tree's stores, removals -> engine.page_events -> engine.outbox -> agent
     decode's own cached prefix    -> not counted as prefill that was saved, sound where the pool runs full
+    one rank asks itself          -> engine.sglang_polls
     no CUDA                       -> engine.sglang_cpu
 """
 
@@ -25,7 +26,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import DISAGG_TRANSFER_BACKEND_CHOICES, add_disagg_transfer_backend_choices
 
-from engine import sglang_cpu
+from engine import sglang_cpu, sglang_polls
 from engine.outbox import Outbox
 from engine.page_events import PageEvents
 from engine.spec import EPOCH_VARIABLE, SPEC_VARIABLE, WorkerSpec, page_socket
@@ -51,6 +52,7 @@ def register() -> None:
     HookRegistry.register(events + "_record_store_event", hooks.stored, HookType.AROUND)
     HookRegistry.register(events + "_record_remove_event", hooks.removed, HookType.AROUND)
     HookRegistry.register(events + "_record_all_cleared_event", hooks.cleared, HookType.AROUND)
+    sglang_polls.apply()
     sglang_cpu.apply()
 
 

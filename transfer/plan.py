@@ -42,5 +42,6 @@ def check_lengths(source: Pages, destination: Pages) -> None:
 
 def check_range(pages: Pages, limit: int) -> None:
     """Raises ValueError unless every index lies in [0, limit)."""
-    if len(pages) and (int(pages.min()) < 0 or int(pages.max()) >= limit):
+    # Read without a sign, one that is below zero is too large: one look at each instead of two.
+    if len(pages) and int(pages.view(np.uint32).max()) >= limit:
         raise ValueError(f"pages: wanted indices from 0 to {limit - 1}, found {int(pages.min())} to {int(pages.max())}")

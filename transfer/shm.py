@@ -21,8 +21,8 @@ from transfer.undecodable import UNDECODABLE
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 4 << 20
-"""Copied at once: the loop looks at its sockets, and the writer at its lease, after each piece (about half a ms)."""
+PIECE_BYTES = 8 << 20
+"""Copied at once: the loop looks at its sockets, and the writer at its lease, after each piece (about a ms)."""
 WITHDRAW_AGAIN_S = 0.005
 SAY_AFTER_S = 1.0
 
