@@ -9,6 +9,9 @@ prompts while others are aborted:
     prefill   the request is aborted on the prefill worker alone
     decode    the request is aborted on the decode worker alone
     both      on both workers, without the router
+
+Where one leg was aborted and the other does not end by itself within a few seconds (the aborted one had not
+spoken of the hand-off yet), the other is aborted too, as the router does at once, and that is counted.
 """
 
 from __future__ import annotations
@@ -36,9 +39,12 @@ KINDS = ("client", "prefill", "decode", "both")
 KEEPERS = 3
 """Clients whose answers are compared, one request each at a time."""
 ABORTERS = 6
-LONGEST_S = 3.0
+LONGEST_PROMPT_TOKENS = 250
+"""Of a request that is aborted: SGLang computes a prompt to its end, aborted or not."""
+LONGEST_S = 2.0
 """A request is aborted at a random moment up to so long after it was sent: in the queue, in prefill, in the
 hand-off, or while it is being answered."""
+OTHER_LEG_S = 5.0
 HANG_S = 60.0
 DECODE_TOKENS = 4096
 """KV slots of the decode worker: what an aborted request gives back, another has within moments."""
@@ -58,10 +64,14 @@ class Tally:
     failed: Counter[str] = field(default_factory=Counter)
     """Requests that nobody aborted, and that failed all the same."""
     hangs: int = 0
+    other_leg_aborted: int = 0
+    """Legs that had to be told that the other was aborted."""
+
+    interrupted: bool = False
 
     @property
     def enough(self) -> bool:
-        return sum(self.aborts.values()) >= self.wanted
+        return self.interrupted or sum(self.aborts.values()) >= self.wanted
 
 
 def main() -> None:
@@ -92,6 +102,7 @@ def main() -> None:
         "different": tally.different,
         "failed": dict(tally.failed),
         "hangs": tally.hangs,
+        "other_leg_aborted": tally.other_leg_aborted,
         "output_tokens": OUTPUT_TOKENS,
         "prompts": len(references),
         "near_ties_replaced": replaced,
@@ -129,10 +140,14 @@ def disturb(cluster: Cluster, references: list[Reference], aborts: int, seed: in
     with ThreadPoolExecutor(KEEPERS + ABORTERS) as pool:
         running_now = [pool.submit(keep, number) for number in range(KEEPERS)]
         running_now += [pool.submit(abort, number) for number in range(ABORTERS)]
-        while not tally.enough and not any(one.done() for one in running_now):
-            time.sleep(2)
-            done = sum(tally.aborts.values())
-            report.progress(f"  {done} of {aborts} aborted, {tally.compared} compared, {tally.different} different")
+        try:
+            while not tally.enough and not any(one.done() for one in running_now):
+                time.sleep(2)
+                done = sum(tally.aborts.values())
+                report.progress(f"  {done} of {aborts} aborted, {tally.compared} compared, {tally.different} different")
+        except KeyboardInterrupt:
+            tally.interrupted = True
+            raise
         for one in running_now:
             one.result()
     for reference in references:  # The pages that they left are given out once more.
@@ -158,12 +173,14 @@ def _compare(cluster: Cluster, reference: Reference, tally: Tally) -> None:
 
 def _abort_one(cluster: Cluster, chooser: random.Random, tally: Tally) -> None:
     kind = chooser.choice(KINDS)
-    prompt = prompt_of(chooser.randint(20, 900), chooser.getrandbits(32))
+    prompt = prompt_of(chooser.randint(20, LONGEST_PROMPT_TOKENS), chooser.getrandbits(32))
     body = {"prompt": prompt, "max_tokens": 64, "temperature": 0, "ignore_eos": True, "stream": True}
     body["model"] = cluster.plan.router.model
     after_s = chooser.random() ** 2 * LONGEST_S
     early = (
-        _hang_up(cluster.url, body, after_s) if kind == "client" else _abort_legs(cluster, body, kind, after_s, chooser)
+        _hang_up(cluster.url, body, after_s)
+        if kind == "client"
+        else _abort_legs(cluster, body, kind, after_s, chooser, tally)
     )
     with tally.lock:
         tally.hangs += early is None
@@ -181,7 +198,7 @@ def _hang_up(url: str, body: dict[str, Any], after_s: float) -> bool:
 
 
 def _abort_legs(
-    cluster: Cluster, body: dict[str, Any], kind: str, after_s: float, chooser: random.Random
+    cluster: Cluster, body: dict[str, Any], kind: str, after_s: float, chooser: random.Random, tally: Tally
 ) -> bool | None:
     """Sends both legs, aborts one or both; whether that came before the end. None where a leg then hangs."""
     workers = cluster.plan.workers
@@ -200,6 +217,13 @@ def _abort_legs(
     over = legs["decode"].over
     for role in urls if kind == "both" else (kind,):
         post_text(urls[role], "/abort_request", {"rid": rid})
+    for leg in legs.values():
+        leg.join(OTHER_LEG_S)
+    for role, leg in legs.items():
+        if not leg.over:
+            post_text(urls[role], "/abort_request", {"rid": rid})
+            with tally.lock:
+                tally.other_leg_aborted += 1
     for leg in legs.values():
         leg.join(HANG_S)
     hung = any(not leg.over for leg in legs.values())
