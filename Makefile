@@ -20,6 +20,7 @@ demo: $(READY)  ## the main job: model, cluster, a scripted conversation; stays 
 
 test: $(READY)  ## everything: lint, types, fast tests, then tests on real SGLang
 	@$(MAKE) --no-print-directory check
+	@$(BIN)/pytest -q -n 2 -m "thorough and not gpu" $(ARGS)
 	@$(BIN)/mainstem model pull smollm2
 	@$(BIN)/pytest -v --durations=10 -m "cluster and not gpu" $(ARGS)
 
@@ -27,17 +28,17 @@ check: $(READY)  ## lint, types and fast tests, in under two minutes
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q -n 2 -m "not cluster and not gpu" $(ARGS)
+	@$(BIN)/pytest -q -n 2 -m "not cluster and not thorough and not gpu" $(ARGS)
 
 fast: $(READY)  ## the fast tests alone
-	@$(BIN)/pytest -q -n 2 -m "not cluster and not gpu" $(ARGS)
+	@$(BIN)/pytest -q -n 2 -m "not cluster and not thorough and not gpu" $(ARGS)
 
 format: $(READY)  ## lay the code out
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
 bench: $(READY)  ## every benchmark of this machine, results as JSON
-	@for name in boot ttft prediction; do $(RUN) benchmarks.$$name $(ARGS) || exit 1; done
+	@for name in boot ttft prediction delta scheduler_tick handoff handoff_loss handoff_faults handoff_fuzz; do $(RUN) benchmarks.$$name $(ARGS) || exit 1; done
 
 lock: $(UV)  ## renew requirements.lock from pyproject.toml
 	@$(RUN_UV) pip compile pyproject.toml --extra dev --extra nixl --generate-hashes --no-emit-index-url --no-annotate --quiet \

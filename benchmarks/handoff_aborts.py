@@ -84,12 +84,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="60 aborts, 8 prompts")
     options = parser.parse_args()
     aborts, prompts = (60, 8) if options.quick else (options.aborts, options.prompts)
+    chooser = random.Random(options.seed)
+    lengths = [chooser.randint(5, 400) for _ in range(prompts)]
     with tempfile.TemporaryDirectory(prefix="mainstem-aborts-") as folder:
         with running(changed_config(Path(folder) / "alone.yaml", _alone), model=options.model) as cluster:
             worker = cluster.plan.workers[0]
-            references, replaced = find_references(
-                f"http://{worker.host}:{worker.port}", worker.served_model, prompts, options.seed
-            )
+            url = f"http://{worker.host}:{worker.port}"
+            references, replaced = find_references(url, worker.served_model, lengths)
         together = changed_config(Path(folder) / "together.yaml", lambda tree: _together(tree, options.transport))
         with running(together, model=options.model) as cluster:
             tally = disturb(cluster, references, aborts, options.seed)

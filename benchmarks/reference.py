@@ -7,6 +7,7 @@ rightly choose either, so such a prompt is replaced before anything is compared.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +55,11 @@ def smallest_gap(choice: dict[str, Any]) -> float:
     return min((values[0] - values[1] for values in best if len(values) > 1), default=0.0)
 
 
-def find_references(
-    url: str, model: str, count: int, seed: int, lengths: list[int] | None = None
-) -> tuple[list[Reference], int]:
-    """So many references, and how many near ties were replaced. Lengths at random from 5 to 400 unless given."""
-    chooser = random.Random(seed)
+def find_references(url: str, model: str, lengths: Sequence[int]) -> tuple[list[Reference], int]:
+    """A reference for each length, in tokens, and how many near ties were replaced."""
     found: list[Reference] = []
     replaced = 0
-    for number, length in enumerate(lengths or [chooser.randint(5, 400) for _ in range(count)]):
+    for number, length in enumerate(lengths):
         for attempt in range(ATTEMPTS):
             prompt = prompt_of(length, seed=1000 * number + attempt)
             choice = generate(url, model, prompt)

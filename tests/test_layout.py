@@ -20,9 +20,25 @@ MAY_IMPORT = {
     "engine/config.py": {"engine", "router", "transfer"},
 }
 PURE = [
-    *(f"transfer/{name}.py" for name in ("pages", "wire", "layout", "plan", "session", "handoff", "deadlines")),
+    *(
+        f"transfer/{name}.py"
+        for name in (
+            "pages",
+            "wire",
+            "layout",
+            "plan",
+            "session",
+            "handoff",
+            "deadlines",
+            "tensor_parallel",
+            "undecodable",
+        )
+    ),
     *(f"engine/{name}.py" for name in ("journal", "page_events", "launch/supervision")),
-    *(f"router/{name}.py" for name in ("index", "fleet", "sequence", "cost", "policy", "openai", "answer", "ledger")),
+    *(
+        f"router/{name}.py"
+        for name in ("index", "fleet", "sequence", "cost", "policy", "openai", "answer", "ledger", "handoffs")
+    ),
 ]
 IMPURE_MODULES = {"asyncio", "time", "random", "socket", "logging", "os", "threading", "zmq", "aiohttp", "subprocess"}
 

@@ -14,6 +14,7 @@ from transfer.undecodable import UNDECODABLE
 
 _READ_BYTES = 1 << 16
 """Read at once, where so much has come."""
+_READ_FIRST_S = 0.05
 
 
 class PeerLost(Exception):
@@ -26,7 +27,8 @@ class Connection:
     def __init__(self, sock: socket.socket, send_s: float) -> None:
         """send_s: a peer that takes nothing for so long is lost"""
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
         self._send_s = send_s
         self._loop = asyncio.get_running_loop()
@@ -69,8 +71,15 @@ class Connection:
 
     async def watch(self, silence_s: float) -> None:
         """Cuts the connection once the peer has given no sign of life for so long."""
-        while (left_s := self._heard_s + silence_s - self._loop.time()) > 0:
-            await asyncio.sleep(left_s)
+
+        def left_s() -> float:
+            return self._heard_s + silence_s - self._loop.time()
+
+        while left_s() > 0:
+            await asyncio.sleep(left_s())
+            if left_s() <= 0:
+                # Where this side itself was held up, what has come meanwhile is read first.
+                await asyncio.sleep(_READ_FIRST_S)
         self._why_cut = f"silent for {silence_s:g} s"
         self.cut()
 

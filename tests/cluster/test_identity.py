@@ -14,7 +14,6 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,72 +21,24 @@ import numpy as np
 import psutil
 import pytest
 
-from benchmarks.client import post_json
+from benchmarks.handoff_aborts import disturb
+from benchmarks.reference import OUTPUT_TOKENS, Reference, find_references, generate
 from engine.launch.cluster import Cluster
 from tests.cluster.conftest import monolithic, started
 
-OUTPUT_TOKENS = 32
-NEAR_TIE = 1e-3
 SHORT = 24
-UNSEEN_LENGTH = 150
-"""Of the last prompt, which is kept for the end: decode holds nothing of it, so all of it has to land."""
 LONG_LENGTHS = (330, 500, 760, 1200, 1900, 3000)
-VOCABULARY = range(1000, 20000)
-"""Ordinary tokens of SmolLM2: no special ones."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    prompt: list[int]
-    tokens: list[str]
-    """As the engine spells them, one for each output token."""
-    text: str
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    """Words at random, then a stretch of them again: attention has something to find."""
-    chooser = random.Random(seed)
-    half = [chooser.choice(VOCABULARY) for _ in range(length - length // 3)]
-    return half + half[: length // 3]
-
-
-def generate(url: str, model: str, prompt: list[int]) -> dict[str, Any]:
-    body = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": OUTPUT_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "logprobs": 2,
-    }
-    answer = post_json(url, "/v1/completions", body, timeout_s=300)
-    choice: dict[str, Any] = answer["choices"][0]
-    return choice
-
-
-def smallest_gap(choice: dict[str, Any]) -> float:
-    """The smallest distance between the two best tokens' log-probabilities, over all positions."""
-    best = [sorted(position.values(), reverse=True) for position in choice["logprobs"]["top_logprobs"]]
-    return min((values[0] - values[1] for values in best if len(values) > 1), default=0.0)
+ABORTS = 30
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> list[Reference]:
     chooser = random.Random(11)
-    lengths = [chooser.randint(5, 299) for _ in range(SHORT)] + list(LONG_LENGTHS) + [UNSEEN_LENGTH]
-    found: list[Reference] = []
-    replaced = 0
+    lengths = [chooser.randint(5, 299) for _ in range(SHORT)] + list(LONG_LENGTHS)
     with started(monolithic(), tmp_path_factory.mktemp("mono")) as cluster:
         worker = cluster.plan.workers[0]
         url = f"http://{worker.host}:{worker.port}"
-        for number, length in enumerate(lengths):
-            for attempt in range(10):
-                prompt = prompt_of(length, seed=1000 * number + attempt)
-                choice = generate(url, worker.served_model, prompt)
-                if smallest_gap(choice) >= NEAR_TIE:
-                    break
-                replaced += 1
-            found.append(Reference(prompt, choice["logprobs"]["tokens"], choice["text"]))
+        found, replaced = find_references(url, worker.served_model, lengths)
     print(f"references: {len(found)} prompts, {replaced} near ties replaced before the comparison")
     assert all(len(reference.tokens) == OUTPUT_TOKENS for reference in found)
     return found
@@ -141,6 +92,15 @@ def test_outputs_differ_when_one_landed_page_is_corrupted(live: Cluster, referen
 
     assert corrupted.is_set()
     assert different == [len(reference.prompt)]
+
+
+def test_outputs_stay_the_same_while_others_are_aborted(live: Cluster, references: list[Reference]) -> None:
+    """On either worker alone, on both, or by a client that hangs up; `benchmarks.handoff_aborts` does it 500 times."""
+    tally = disturb(live, references[:8], ABORTS, seed=3)
+
+    assert sum(tally.aborts.values()) >= ABORTS
+    assert tally.compared >= 8
+    assert (tally.different, tally.hangs, dict(tally.failed)) == (0, 0, {})
 
 
 class DecodePool:

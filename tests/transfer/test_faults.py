@@ -22,6 +22,8 @@ from transfer.sender import Sender
 from transfer.session import TERMINAL, ReceiverState, SenderState
 from transfer.tcp import TcpLanding, TcpTransport
 
+pytestmark = pytest.mark.thorough
+
 TRIES = 20
 SHORT = replace(DEADLINES, queue_s=1.2, handoff_s=1.2)
 """Most of a round is waiting for these."""

@@ -30,6 +30,8 @@ from transfer.shm import ShmTransport
 from transfer.tcp import TcpTransport
 from transfer.transport import Unreachable
 
+pytestmark = pytest.mark.thorough
+
 SHORT = replace(DEADLINES, connect_s=1, memory_s=0.5)
 """The end of the run waits until prefill has forgotten what it may forget."""
 
