@@ -572,7 +572,7 @@ class Network:
                 writer.write(data)
                 await writer.drain()
         with suppress(OSError):
-            writer.write_eof()
+            _end(writer)
 
     def _cut_all(self) -> None:
         for pair in list(self._pairs):
@@ -1014,6 +1014,12 @@ def measure(names: Sequence[str], tries: int, seed: int, unfinished: Unfinished)
     for line, count in untaken_lines.items():
         report.progress(f"  nobody took, {count} times: {line}")
     return {**total.as_dict(), "untaken": sum(untaken_lines.values()), "transports": list(names), "seed": seed}
+
+
+def _end(writer: asyncio.StreamWriter) -> None:
+    """The other side has ended; a connection that was cut meanwhile needs no word of it."""
+    if not writer.is_closing():
+        writer.write_eof()
 
 
 if __name__ == "__main__":
