@@ -11,7 +11,10 @@ from typing import Any
 
 import torch.distributed
 from sglang.srt.disaggregation import utils as disaggregation
+from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from engine.told_failures import tell
 
 
 def apply() -> None:
@@ -29,14 +32,15 @@ def polls(
     metadata_buffers: Any = None,
     server_args: Any = None,
 ) -> list[int]:
-    """As SGLang's, without asking others where there are none."""
+    """As SGLang's on a decode worker, without asking others where there are none; few failures at once."""
     if torch.distributed.get_world_size(gloo_group) != 1:
         answer: list[int] = original(pollers, gloo_group, decode_reqs, metadata_buffers, server_args)
         return answer
     found: list[int] = disaggregation._poll_with_failure_injection(pollers)
-    if decode_reqs is not None:
-        disaggregation._apply_metadata_gate(found, decode_reqs, metadata_buffers, server_args)
-    return found
+    if decode_reqs is None:
+        return tell(found, KVPoll.Failed, KVPoll.Bootstrapping)
+    disaggregation._apply_metadata_gate(found, decode_reqs, metadata_buffers, server_args)
+    return tell(found, KVPoll.Failed, KVPoll.Transferring)
 
 
 def polls_of_both(original: Any, pollers: Any, attn_cp_cpu_group: Any, attn_tp_cpu_group: Any) -> list[int]:

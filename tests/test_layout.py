@@ -34,7 +34,7 @@ PURE = [
             "undecodable",
         )
     ),
-    *(f"engine/{name}.py" for name in ("journal", "page_events", "launch/supervision")),
+    *(f"engine/{name}.py" for name in ("journal", "page_events", "told_failures", "launch/supervision")),
     *(
         f"router/{name}.py"
         for name in ("index", "fleet", "sequence", "cost", "policy", "openai", "answer", "ledger", "handoffs")
