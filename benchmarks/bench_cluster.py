@@ -17,11 +17,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from engine.config import read_cluster
 from engine.launch.cluster import Cluster, Event
-from engine.launch.errors import BadInput, LaunchFailed
+from engine.launch.errors import BadInput, LaunchFailed, complain
 
 LOCAL_CPU = Path(__file__).parents[1] / "configs" / "local-cpu.yaml"
 
@@ -34,11 +35,8 @@ def run_main(main: Callable[[], int | None]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return main() or 0
-    except BadInput as error:
+    except (BadInput, LaunchFailed) as error:
         _complain(*error.lines)
-        return error.exit_code
-    except LaunchFailed as error:
-        _complain(str(error))
         return error.exit_code
     except subprocess.CalledProcessError as error:
         _complain(f"exit code {error.returncode} of: {' '.join(map(str, error.cmd))}")
@@ -84,6 +82,14 @@ def changed_config(file: Path, change: Callable[[dict[str, Any]], None]) -> Path
     return file
 
 
+def scheduler_of(cluster: Cluster, worker: str) -> psutil.Process:
+    """The process of this worker that SGLang has named its scheduler. Raises LaunchFailed."""
+    for process in psutil.Process(cluster.workers[worker]).children(recursive=True):
+        if "scheduler" in (" ".join(process.cmdline()) or process.name()):
+            return process
+    raise LaunchFailed(f"{worker}: wanted a scheduler process, found none")
+
+
 @contextmanager
 def _kept_on_failure() -> Iterator[Path]:
     """A folder that is removed afterwards, but not where its logs say why something failed."""
@@ -104,5 +110,4 @@ def _kept_on_failure() -> Iterator[Path]:
 
 
 def _complain(*lines: str) -> None:
-    for line in lines:
-        print(f"{Path(sys.argv[0]).stem}: {line}", file=sys.stderr, flush=True)
+    complain(Path(sys.argv[0]).stem, *lines)

@@ -328,12 +328,7 @@ class DecodeDesk:
     """Decode's scheduler, as far as hand-offs see it: it uses pages again the moment that it may."""
 
     def __init__(self, setting: Setting, epoch: int, say: Callable[[Any], None]) -> None:
-        self._arena = SharedArena()
-        memories = self._arena.allocate([LAYOUT.pages * page_bytes for page_bytes in LAYOUT.page_bytes])
-        pointers = [np.frombuffer(memory, np.uint8).ctypes.data for memory in memories]
-        address = self._arena.address_of(pointers)
-        assert address is not None, "the arena holds what it allocated"
-        self._pool = Pool.at(LAYOUT, pointers)
+        self._pool, address = SharedArena().pool(LAYOUT)
         self._aux = Pool.zeros(AUX_LAYOUT)
         self._pattern = Pattern(setting.seed)
         self._free: deque[int] = deque()

@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from benchmarks import report
-from benchmarks.bench_cluster import changed_config, run_main, running
+from benchmarks.bench_cluster import changed_config, run_main, running, scheduler_of
 from benchmarks.client import ask, complete
 from benchmarks.legs import direct
 from benchmarks.tick_probe import FILE_VARIABLE, RECORD
@@ -69,8 +68,8 @@ def main() -> None:
             changed_config(folder / "cluster.yaml", lambda tree: _probed(tree, folder)), model=options.model
         ) as cluster:
             phases = list(_phases(cluster, options.seconds))
-            decode = _scheduler(cluster, "decode-0").pid
-            prefill = _scheduler(cluster, "prefill-0").pid
+            decode = scheduler_of(cluster, "decode-0").pid
+            prefill = scheduler_of(cluster, "prefill-0").pid
             time.sleep(1)  # the probes write what they have
         ticks = {"decode": _ticks(folder, decode), "prefill": _ticks(folder, prefill)}
     result = {
@@ -141,16 +140,14 @@ def _phases(cluster: Cluster, seconds: float) -> Iterator[Phase]:
                 for _ in range(HOSTILE):
                     pool.submit(direct, bad, decode, model, sentence(random.getrandbits(31), PROMPT_WORDS), 16)
                 time.sleep(0.5)
-                victims = [_scheduler(cluster, bad.name)]
+                victim = scheduler_of(cluster, bad.name)
                 report.progress(f"  {name}: {seconds:g} s")
                 with _phase(name) as phase:
-                    for victim in victims:
-                        os.kill(victim.pid, number)
+                    os.kill(victim.pid, number)
                     time.sleep(seconds)
                 yield phase[0]
                 if number is signal.SIGSTOP:
-                    for victim in victims:
-                        os.kill(victim.pid, signal.SIGCONT)
+                    os.kill(victim.pid, signal.SIGCONT)
                     time.sleep(2)
             with socket.create_server(("127.0.0.1", 0), backlog=64) as hole:
                 report.progress(f"  blackhole: {seconds:g} s")
@@ -178,14 +175,6 @@ def _phase(name: str) -> Iterator[list[Phase]]:
     began_s = time.monotonic()
     yield found
     found.append(Phase(name, began_s, time.monotonic()))
-
-
-def _scheduler(cluster: Cluster, worker: str) -> psutil.Process:
-    """The process of this worker that SGLang has named its scheduler."""
-    for process in psutil.Process(cluster.workers[worker]).children(recursive=True):
-        if "scheduler" in (" ".join(process.cmdline()) or process.name()):
-            return process
-    raise SystemExit(f"scheduler_tick: wanted a scheduler process of {worker}, found none")
 
 
 def _ticks(folder: Path, pid: int) -> np.ndarray[Any, Any]:

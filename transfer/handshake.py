@@ -39,7 +39,16 @@ class Identity:
 # Prefill.
 
 
-async def admit(connection: Connection, me: Identity) -> handoff.Hello | handoff.Lane:
+@dataclass(frozen=True)
+class Guest:
+    """A decode worker that was let in."""
+
+    hello: handoff.Hello
+    proof: bytes
+    """This side's, made for that worker's nonce."""
+
+
+async def admit(connection: Connection, me: Identity) -> Guest | handoff.Lane:
     """Lets in who holds the key and whose pages fit. Raises PeerLost, after saying why to a peer that may know."""
     nonce = secrets.token_bytes(handoff.NONCE_BYTES)
     await connection.send(handoff.Challenge(handoff.VERSION, nonce))
@@ -56,30 +65,27 @@ async def admit(connection: Connection, me: Identity) -> handoff.Hello | handoff
                 await _refuse(connection, f"version: wanted {handoff.VERSION}, found {hello.version}")
             if difference := me.layout.mismatch(hello.layout):
                 await _refuse(connection, difference)
-            # The proof covers this side's own answer through the other's nonce, which is used once.
-            return msgspec.structs.replace(hello, proof=me.key.mac(_PREFILL, hello.nonce, nonce))
+            return Guest(hello, me.key.mac(_PREFILL, hello.nonce, nonce))
         case other:
             raise PeerLost(f"handshake: wanted Hello or Lane, found {type(other).__name__}")
 
 
 async def reach(
-    connection: Connection, me: Identity, hello: handoff.Hello, transports: Sequence[Transport], lanes: Lanes
+    connection: Connection, me: Identity, guest: Guest, transports: Sequence[Transport], lanes: Lanes
 ) -> tuple[str, Route]:
-    """The first transport of decode's that leads to its pool. Raises PeerLost.
-
-    hello  as `admit` returned it
-    """
+    """The first transport of decode's that leads to its pool. Raises PeerLost."""
     mine = {transport.name: transport for transport in transports}
-    common = tuple(name for name in hello.transports if name in mine)
+    theirs = guest.hello.transports
+    common = tuple(name for name in theirs if name in mine)
     if not common:
-        await _refuse(connection, f"transports: wanted one of {', '.join(mine)}, found {', '.join(hello.transports)}")
-    await connection.send(handoff.Welcome(hello.proof, me.worker, me.epoch, common))
+        await _refuse(connection, f"transports: wanted one of {', '.join(mine)}, found {', '.join(theirs)}")
+    await connection.send(handoff.Welcome(guest.proof, me.worker, me.epoch, common))
     while True:
         offer = await connection.receive()
         if not isinstance(offer, handoff.Offer) or offer.transport not in mine:
             raise PeerLost(f"handshake: wanted Offer of one of {', '.join(common)}, found {offer!r:.80}")
         try:
-            route = await mine[offer.transport].connect(offer.address, hello.layout, lanes)
+            route = await mine[offer.transport].connect(offer.address, guest.hello.layout, lanes)
         except Unreachable as error:
             await connection.send(handoff.NotReached(str(error)))
             continue

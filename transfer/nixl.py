@@ -36,7 +36,8 @@ import numpy as np
 import numpy.typing as npt
 
 from transfer.layout import PoolLayout
-from transfer.plan import Pages, check_range
+from transfer.nixl_packages import NIXL_PACKAGES
+from transfer.plan import Pages, check_lengths, check_range
 from transfer.pool import Pool
 from transfer.transport import Lanes, RouteLost, Unreachable, Wire
 from transfer.undecodable import UNDECODABLE
@@ -50,7 +51,6 @@ POLL_S = 30e-6
 """Between two looks at a transfer that is under way. NIXL offers nothing to wait on."""
 SLICE_S = 10e-3
 """Polled at a stretch; then the agent's thread looks what else there is to do."""
-_MODULES = ("nixl_cu13", "nixl_cu12")
 _ADDRESSES = 1 << 64
 _MAX_INDEX = (1 << 31) - 1
 """NIXL counts descriptors in 32 bits."""
@@ -199,8 +199,7 @@ class NixlRoute:
         self._lost: str | None = None
 
     async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
-        if len(source) != len(destination):
-            raise ValueError(f"pages: wanted as many destinations as sources, {len(source)}, found {len(destination)}")
+        check_lengths(source, destination)
         here, there = _descriptors(source, self._mine), _descriptors(destination, self._theirs)
         self._check()
         if len(source) == 0:
@@ -442,7 +441,7 @@ def _load_library() -> _Library:
     """Only here, as UCX is 230 MB of libraries. Raises Unreachable."""
     raise_exceptions = logging.raiseExceptions
     try:
-        for name in _MODULES:
+        for name in NIXL_PACKAGES:
             try:
                 module, bindings = importlib.import_module(name), importlib.import_module(f"{name}._bindings")
             except ModuleNotFoundError:

@@ -61,6 +61,15 @@ class SharedArena:
             for start, size in zip(mapping.offsets, sizes_bytes, strict=True)
         ]
 
+    def pool(self, layout: PoolLayout) -> tuple[Pool, SharedAddress]:
+        """A zeroed pool in a mapping of its own, and where another process finds it."""
+        sizes = [layout.pages * page_bytes for page_bytes in layout.page_bytes]
+        buffers = [np.frombuffer(memory, np.uint8) for memory in self.allocate(sizes)]
+        address = self.address_of([buffer.ctypes.data for buffer in buffers])
+        assert address is not None, "the buffers lie in the mapping"
+        shaped = [buffer.reshape(layout.pages, size) for buffer, size in zip(buffers, layout.page_bytes, strict=True)]
+        return Pool(layout, shaped), address
+
     def address_of(self, pointers: Sequence[int]) -> SharedAddress | None:
         """The address of the mapping that holds all these buffers; None where one lies elsewhere."""
         for mapping in self._mappings:

@@ -14,6 +14,7 @@ remembers that the peer once failed.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
 import threading
@@ -28,6 +29,7 @@ from transfer.connection import Connection, PeerLost
 from transfer.courier import Courier
 from transfer.deadlines import Deadlines
 from transfer.ended import Ended
+from transfer.exchange import exchange
 from transfer.handshake import Identity, introduce, offer, open_lane
 from transfer.plan import Pages, check_range
 from transfer.pool import Pool
@@ -321,20 +323,12 @@ class Receiver:
                 await self._part(peer, "no later life than the one that is connected")
                 return
             before.connection.cut()
-        tasks = [
-            self._courier.spawn(self._write(peer)),
-            self._courier.spawn(peer.connection.ping(self._deadlines.ping_s)),
-            self._courier.spawn(peer.connection.watch(self._deadlines.silence_s)),
-        ]
         reason = "this side failed"
         try:
-            await self._read(peer)
-        except PeerLost as error:
-            reason = str(error)
+            take = functools.partial(self._take, peer)
+            reason = await exchange(peer.connection, self._courier, self._deadlines, self._write(peer), take)
         finally:
             log.warning("prefill worker lost worker=%s epoch=%d reason=%s", peer.name, peer.epoch, reason)
-            for task in tasks:
-                task.cancel()
             await self._part(peer, reason)
 
     async def _part(self, peer: _Peer, reason: str) -> None:
@@ -361,16 +355,12 @@ class Receiver:
             # Whatever ended it: a connection on which nobody writes is none.
             peer.connection.cut()
 
-    async def _read(self, peer: _Peer) -> None:
-        while True:
-            message = await peer.connection.receive()
-            try:
-                with self._lock:
-                    self._take(peer, message)
-            except (IllegalEvent, ValueError) as error:
-                raise PeerLost(str(error)) from error
-
     def _take(self, peer: _Peer, message: handoff.Message) -> None:
+        with self._lock:
+            self._understand(peer, message)
+
+    def _understand(self, peer: _Peer, message: handoff.Message) -> None:
+        """Under the lock. Raises ValueError, IllegalEvent."""
         match message:
             case handoff.Ping():
                 return

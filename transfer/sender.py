@@ -14,6 +14,7 @@ no write for that room can follow.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
 import threading
@@ -28,6 +29,7 @@ from transfer.auth import ClusterKey
 from transfer.connection import Connection, PeerLost
 from transfer.courier import Courier
 from transfer.deadlines import Deadlines
+from transfer.exchange import exchange
 from transfer.handshake import Identity, admit, reach
 from transfer.lanes import ParkedLanes
 from transfer.plan import Pages, check_range
@@ -275,46 +277,34 @@ class Sender:
         """The decode worker that is there; None for a lane, which is parked. Raises PeerLost, TimeoutError."""
         async with asyncio.timeout(self._deadlines.connect_s):
             try:
-                hello = await admit(connection, self._me)
+                guest = await admit(connection, self._me)
             finally:
                 self._strangers.pop(connection, None)
-            if isinstance(hello, handoff.Lane):
-                self._lanes.park(hello.token, connection.detach())
+            if isinstance(guest, handoff.Lane):
+                self._lanes.park(guest.token, connection.detach())
                 return None
-            transport, route = await reach(connection, self._me, hello, self._transports, self._lanes)
-            return _Peer(hello, connection, transport, route)
+            transport, route = await reach(connection, self._me, guest, self._transports, self._lanes)
+            return _Peer(guest.hello, connection, transport, route)
 
     async def _stay(self, peer: _Peer) -> None:
         """One connection's life, whatever ends it."""
         log.info("decode worker connected worker=%s epoch=%d transport=%s", peer.name, peer.epoch, peer.transport)
-        tasks = [
-            self._courier.spawn(self._write(peer)),
-            self._courier.spawn(peer.connection.ping(self._deadlines.ping_s)),
-            self._courier.spawn(peer.connection.watch(self._deadlines.silence_s)),
-        ]
         reason = "this side failed"
         try:
-            await self._read(peer)
-        except PeerLost as error:
-            reason = str(error)
+            take = functools.partial(self._take, peer)
+            reason = await exchange(peer.connection, self._courier, self._deadlines, self._write(peer), take)
         finally:
             log.info("decode worker lost worker=%s epoch=%d reason=%s", peer.name, peer.epoch, reason)
             self._lose(peer, f"lost decode worker {peer.name}: {reason}")
-            for task in tasks:
-                task.cancel()
             peer.connection.close()
             await peer.route.disconnect()
 
-    async def _read(self, peer: _Peer) -> None:
-        while True:
-            message = await peer.connection.receive()
-            try:
-                with self._lock:
-                    self._take(peer, message)
-            except (IllegalEvent, ValueError) as error:
-                raise PeerLost(str(error)) from error
-
     def _take(self, peer: _Peer, message: handoff.Message) -> None:
+        with self._lock:
+            self._understand(peer, message)
+
+    def _understand(self, peer: _Peer, message: handoff.Message) -> None:
+        """Under the lock. Raises ValueError, IllegalEvent."""
         match message:
             case handoff.Grant(room):
                 self._granted(peer, room, message)

@@ -7,7 +7,6 @@ Nothing heavy is imported before a command needs it: `mainstem --help` answers a
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.exceptions import TyperException
 
-from engine.launch.errors import BadInput, LaunchFailed
+from engine.launch.errors import BadInput, LaunchFailed, complain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -262,11 +261,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except TyperException as error:
         _complain(error.format_message())
         return error.exit_code
-    except BadInput as error:
+    except (BadInput, LaunchFailed) as error:
         _complain(*error.lines)
-        return error.exit_code
-    except LaunchFailed as error:
-        _complain(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
@@ -274,8 +270,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _complain(*lines: str) -> None:
-    for line in lines:
-        print(f"mainstem: {line}", file=sys.stderr)
+    complain("mainstem", *lines)
 
 
 def _console() -> Console:

@@ -21,13 +21,12 @@ from engine.launch.ports import PortPicker, is_free, why_not_free
 from engine.model import ServedModel
 from engine.spec import WorkerSpec
 from router.config import RouterSpec
+from transfer.nixl_packages import NIXL_PACKAGES
 
 ROUTER = "router"
 """The router's name among the processes of a cluster."""
 _OURS = {"SGL_FORCE_SHUTDOWN": "1"}
 """Every worker's: asked to end, SGLang would otherwise wait for its requests, for as long as they take."""
-_NIXL_MODULES = ("nixl_cu13", "nixl_cu12")
-"""NIXL's wheels, for two versions of CUDA; without a GPU either will do."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def make_plan(config: ClusterConfig, model: ServedModel, folders: Folders, picke
 
     A router.port of 0, which only callers in Python can ask for, takes a free one.
     """
-    if "nixl" in config.transfer.transports and not any(map(_is_installed, _NIXL_MODULES)):
-        wanted = f"transfer.transports: nixl wants one of the packages {', '.join(_NIXL_MODULES)}, found none"
+    if "nixl" in config.transfer.transports and not any(map(_is_installed, NIXL_PACKAGES)):
+        wanted = f"transfer.transports: nixl wants one of the packages {', '.join(NIXL_PACKAGES)}, found none"
         raise BadInput(f"{wanted}: install mainstem[nixl]")
     section = config.router
     if section.port == 0:

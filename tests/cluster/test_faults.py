@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.bench_cluster import scheduler_of
 from benchmarks.client import Answer, complete, get_json
 from benchmarks.words import sentence
 from engine.launch.cluster import Cluster, Event
@@ -77,14 +78,6 @@ def wait_ready(cluster: Cluster) -> None:
         time.sleep(0.3)
 
 
-def scheduler_of(pid: int) -> int:
-    return next(child.pid for child in psutil.Process(pid).children(recursive=True) if "scheduler" in _title(child))
-
-
-def _title(process: psutil.Process) -> str:
-    return " ".join(process.cmdline()) or process.name()
-
-
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0", "prefill-1 scheduler", "router"])
 def test_a_killed_process_costs_its_requests_and_comes_back(cluster: Cluster, events: list[Event], victim: str) -> None:
     wait_ready(cluster)
@@ -96,7 +89,7 @@ def test_a_killed_process_costs_its_requests_and_comes_back(cluster: Cluster, ev
         time.sleep(4)
         told = len(events)
         killed_s = time.monotonic()
-        os.kill(scheduler_of(pid) if part else pid, signal.SIGKILL)
+        os.kill(scheduler_of(cluster, name).pid if part else pid, signal.SIGKILL)
         time.sleep(HANG_S + 2)
     finally:
         traffic.stop()
@@ -117,7 +110,7 @@ def test_a_killed_process_costs_its_requests_and_comes_back(cluster: Cluster, ev
 def test_a_frozen_prefill_worker_does_not_hang_its_clients(cluster: Cluster) -> None:
     """SIGSTOP is what a machine that swaps or a stuck kernel looks like: nothing is closed, nothing answers."""
     wait_ready(cluster)
-    victims = [cluster.workers["prefill-0"], scheduler_of(cluster.workers["prefill-0"])]
+    victims = [cluster.workers["prefill-0"], scheduler_of(cluster, "prefill-0").pid]
     for pid in victims:
         os.kill(pid, signal.SIGSTOP)
     try:

@@ -26,7 +26,7 @@ from benchmarks.reference import OUTPUT_TOKENS, Reference, find_references, gene
 from engine.launch.cluster import Cluster
 from tests.cluster.conftest import monolithic, started
 
-SHORT = 24
+SHORT = 25
 LONG_LENGTHS = (330, 500, 760, 1200, 1900, 3000)
 ABORTS = 30
 
@@ -60,7 +60,7 @@ def differing(cluster: Cluster, references: list[Reference]) -> list[int]:
 
 
 def test_outputs_are_the_monolithic_ones_cold(live: Cluster, references: list[Reference]) -> None:
-    assert len(references) > 30
+    assert len(references[:-1]) >= 30
     assert differing(live, references[:-1]) == []
 
 

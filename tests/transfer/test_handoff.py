@@ -56,17 +56,6 @@ def filled(seed: int) -> Pool:
     return pool
 
 
-def shared_pool(layout: PoolLayout) -> tuple[Pool, SharedAddress]:
-    arena = SharedArena()
-    memories = arena.allocate([layout.pages * page_bytes for page_bytes in layout.page_bytes])
-    pointers = [np.frombuffer(memory, np.uint8).ctypes.data for memory in memories]
-    address = arena.address_of(pointers)
-    assert address is not None
-    pool = Pool.at(layout, pointers)
-    pool.arena = arena  # type: ignore[attr-defined]  # keeps the mapping alive as long as the pool
-    return pool, address
-
-
 def made(names: tuple[str, ...], pool: Pool, shared: SharedAddress | None) -> list[Transport]:
     return make(names, pool, shared=shared, tcp_lanes=2, nixl_devices=("lo",), stall_s=QUICK.silence_s)
 
@@ -89,7 +78,7 @@ class Pair:
             self.source, KEY, worker="prefill-0", epoch=1, transports=self.writers, deadlines=deadlines
         )
         self.port = self.sender.listen("127.0.0.1", 0)
-        self.destination, address = shared_pool(layout)
+        self.destination, address = SharedArena().pool(layout)
         self.aux = Pool.zeros(AUX_LAYOUT)
         self.ended: list[Ended] = []
         self.receiver = Receiver(
@@ -332,7 +321,7 @@ def test_strangers_that_say_nothing_do_not_keep_a_peer_out(pair: Pair) -> None:
 
 def test_a_room_that_another_decode_worker_has_is_refused_to_this_one_and_nobody_is_lost(pair: Pair) -> None:
     pair.begin(7, [40])
-    pool, address = shared_pool(LAYOUT)
+    pool, address = SharedArena().pool(LAYOUT)
     names = tuple(writer.name for writer in pair.writers)
     other = Receiver(
         pool,
@@ -567,7 +556,7 @@ def test_a_frozen_prefill_that_goes_on_writes_into_no_page_that_was_given_away()
 
 
 def test_shared_memory_of_another_process_is_refused_without_its_token() -> None:
-    _pool, address = shared_pool(LAYOUT)
+    _pool, address = SharedArena().pool(LAYOUT)
     with pytest.raises(NotShared, match="not the peer's memory"):
         Pool.open_shared(LAYOUT, msgspec.structs.replace(address, token=b"x" * 32))
     with pytest.raises(NotShared, match="wanted /proc/PROCESS/fd/NUMBER"):

@@ -76,24 +76,16 @@ def pattern(pool: Pool) -> None:
         words[:] = np.arange(len(words), dtype=np.uint32)[:, None] * 64 + number + 1
 
 
-def shared(of: PoolLayout) -> tuple[Pool, SharedArena, list[int]]:
-    arena = SharedArena()
-    memories = arena.allocate([of.pages * page_bytes for page_bytes in of.page_bytes])
-    pointers = [np.frombuffer(memory, np.uint8).ctypes.data for memory in memories]
-    return Pool.at(of, pointers), arena, pointers
-
-
 class Ends:
     """Both ends of one transport, joined: prefill's pool full of patterns, decode's of canaries."""
 
     def __init__(self, name: str, source: PoolLayout, destination: PoolLayout) -> None:
         self.source = Pool.zeros(source)
         pattern(self.source)
-        self.destination, self.arena, pointers = shared(destination)
+        self.destination, where = SharedArena().pool(destination)
         for buffer in self.destination.buffers:
             buffer[:] = CANARY
         self.host = Host()
-        where = self.arena.address_of(pointers)
         self.writer = self._made(name, self.source, None)
         self.reader = self._made(name, self.destination, where)
         self.landing: Landing
