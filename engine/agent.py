@@ -1,6 +1,6 @@
 """Beside each engine: says who it is, what it holds and how loaded it is, to every router.
 
-    scheduler ── ipc ──> PULL ┐                ┌─ PUB    ══> routers      batches of page events, ended hand-offs
+    scheduler ── ipc ──> PULL ┐                ┌─ PUB    ══> routers      page events, audits, ended hand-offs
                               ├── Journal ─────┤
     router ── DEALER ──> ROUTER┘               └─ ROUTER ──> that router  what it missed
     engine's /v1/loads ───────> Registration ───── POST ───> routers      each renewal is a heartbeat
@@ -12,6 +12,7 @@ worker, and knows nothing that the engine did not say.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -40,6 +41,8 @@ ROUTER_TIMEOUT_S = 2.0
 LEASE_RENEWALS = 5
 """A lease outlives so many missed renewals."""
 CLOSE_TIMEOUT_S = 3.0
+UNSENT_MESSAGES = 20_000
+"""Kept for a router that takes nothing; more are dropped for it, and it asks for them when it is back."""
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
@@ -104,33 +107,45 @@ class Agent:
             pages.set_hwm(0)
             pages.bind(page_socket(spec))
             publisher = opened.enter_context(context.socket(zmq.PUB))
-            publisher.set_hwm(0)
+            publisher.set_hwm(UNSENT_MESSAGES)
             replay = opened.enter_context(context.socket(zmq.ROUTER))
+            replay.set_hwm(UNSENT_MESSAGES)
             for socket, port in ((publisher, spec.events_port), (replay, spec.replay_port)):
                 self._key.secure_server(socket)
                 socket.ipv6 = ":" in spec.host
                 socket.bind(_tcp(spec.host, port))
             opened.pop_all()
-        self._courier.spawn(self._publish(pages, publisher))
+        self._courier.spawn(self._serve_pages(pages, publisher))
         self._courier.spawn(self._replay(replay))
         self._renewing = self._courier.spawn(self._renew())
 
-    async def _publish(self, pages: zmq.asyncio.Socket, publisher: zmq.asyncio.Socket) -> None:
+    async def _serve_pages(self, pages: zmq.asyncio.Socket, publisher: zmq.asyncio.Socket) -> None:
         with pages, publisher:
-            while True:
-                try:
-                    burst = decode_burst(await pages.recv())
-                except UNDECODABLE as error:
-                    log.warning("burst of the scheduler refused: %s", error)
-                    continue
-                if burst.events:
-                    await publisher.send(wire.encode(self._journal.apply(burst.events)))
-                if burst.ended:
-                    for ended in burst.ended:
-                        kind = wire.HandoffTotals.kind(ended)
-                        self._handoffs[kind] = self._handoffs.get(kind, kind).plus(ended)
-                    handoffs = wire.Handoffs(self._spec.name, self._journal.epoch, burst.ended)
-                    await publisher.send(wire.encode(handoffs))
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._publish(pages, publisher))
+                both.create_task(self._audit(publisher))
+
+    async def _publish(self, pages: zmq.asyncio.Socket, publisher: zmq.asyncio.Socket) -> None:
+        while True:
+            try:
+                burst = decode_burst(await pages.recv())
+            except UNDECODABLE as error:
+                log.warning("burst of the scheduler refused: %s", error)
+                continue
+            if burst.events:
+                await publisher.send(wire.encode(self._journal.apply(burst.events)))
+            if burst.ended:
+                for ended in burst.ended:
+                    kind = wire.HandoffTotals.kind(ended)
+                    self._handoffs[kind] = self._handoffs.get(kind, kind).plus(ended)
+                handoffs = wire.Handoffs(self._spec.name, self._journal.epoch, burst.ended)
+                await publisher.send(wire.encode(handoffs))
+
+    async def _audit(self, publisher: zmq.asyncio.Socket) -> None:
+        """Sends in the order of the calls, like the batches: an audit stands right after the batch that it names."""
+        for turn in itertools.count():
+            await asyncio.sleep(self._spec.audit_s)
+            await publisher.send(wire.encode(self._journal.audit(turn)))
 
     async def _replay(self, replay: zmq.asyncio.Socket) -> None:
         with replay:
@@ -220,6 +235,7 @@ class Agent:
             max_context_tokens=_max_context(facts) if facts else 0,
             sequence=self._journal.sequence,
             held_pages=len(self._journal.held),
+            audit_s=spec.audit_s,
             load=self._load,
             handoffs=list(self._handoffs.values()),
             lease_s=LEASE_RENEWALS * spec.renew_s,

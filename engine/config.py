@@ -93,6 +93,8 @@ class TransferSection(BaseModel):
     second."""
     renew_s: Seconds = 1.0
     """Time between two registrations of a worker, which are its heartbeat."""
+    audit_s: Seconds = 5.0
+    """Time between two audits of a worker: it says what it holds of a sample of pages, and routers compare."""
 
 
 class LaunchSection(BaseModel):
@@ -158,18 +160,21 @@ class ClusterConfig(BaseModel):
     @property
     def chosen_ports(self) -> frozenset[int]:
         """The ports that the file itself gives away."""
-        return frozenset({self.router.port}.union(*map(group_ports, self.workers)))
+        return frozenset(self.router.ports).union(*map(group_ports, self.workers))
 
     def with_router_port(self, port: int) -> Self:
-        """The same cluster with its router elsewhere; 0 takes a free port when it is started.
+        """The same cluster with its routers elsewhere; 0 takes free ports when it is started.
 
-        Raises BadInput where the port is a worker's.
+        Raises BadInput where a port is a worker's, or there are no ports left for all routers.
         """
+        router = self.router.model_copy(update={"port": port})
+        if router.ports[-1] > 65_535:
+            raise BadInput(f"router.port: wanted {router.replicas} ports up to 65535, found {port} as the first one")
         for index, group in enumerate(self.workers):
-            if port in (ports := group_ports(group)):
-                taken = f"workers[{index}].port_base takes {ports[0]} to {ports[-1]}"
-                raise BadInput(f"router.port: wanted a port that no worker has, found {port}: {taken}")
-        return self.model_copy(update={"router": self.router.model_copy(update={"port": port})})
+            if port and (taken := set(ports := group_ports(group)).intersection(router.ports)):
+                why = f"workers[{index}].port_base takes {ports[0]} to {ports[-1]}"
+                raise BadInput(f"router.port: wanted a port that no worker has, found {min(taken)}: {why}")
+        return self.model_copy(update={"router": router})
 
     def _roles(self) -> str | None:
         roles = {group.role for group in self.workers}
@@ -227,7 +232,7 @@ class ClusterConfig(BaseModel):
         )
 
     def _port_ranges(self) -> str | None:
-        taken = Counter([self.router.port])
+        taken = Counter(self.router.ports)
         for index, group in enumerate(self.workers):
             for port in group_ports(group):
                 if port > 65_535 or taken[port]:

@@ -55,6 +55,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Network devices that NIXL may use, as UCX names them: whoever reaches one can write this worker's memory."""
     renew_s: float = 1.0
     """Time between two registrations."""
+    audit_s: float = 5.0
+    """Time between two audits, which say what the worker holds of a sample of pages."""
 
     @classmethod
     def read(cls, path: Path) -> WorkerSpec:

@@ -25,20 +25,25 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
+from router.audit import Audits
 from router.client import Client, Message, Receive, Send
 from router.config import RouterSpec
 from router.dispatch import Dispatcher
 from router.fleet import Change, FeedMode, Fleet
 from router.follower import Follower
+from router.gossip_link import GossipLink
 from router.handoffs import Handoffs
 from router.index import Index
 from router.ledger import Ledger
 from router.metrics import Metrics
 from router.openai import ApiError, Endpoint
+from router.placement import Placement
+from router.planner import Planner
 from router.render import Renderer
 from router.state import explanation, snapshot
 from router.upstream import Upstream
 from transfer.auth import SIGNATURE_HEADER, BadSignature, ClusterKey
+from transfer.ended import Ended
 from transfer.undecodable import UNDECODABLE
 from transfer.wire import VERSION, Registered, Registration
 
@@ -75,12 +80,14 @@ class Router:
         self.renderer = Renderer.load(spec.model_path)
         self.fleet = Fleet()
         self.index = Index(spec.section.index_max_bytes)
+        self.placement = Placement(spec.section, self.fleet)
         self.ledger = Ledger()
         self.handoffs = Handoffs()
+        self.audits = Audits()
         self.clock_s = clock_s
         self.wall_s = wall_s
         self.started_s = clock_s()
-        self.metrics = Metrics(self.ledger, self.fleet, self.index, self.handoffs, clock_s)
+        self.metrics = Metrics(self.ledger, self.fleet, self.index, self.handoffs, self.audits, self.placement, clock_s)
         self.closing = asyncio.Event()
         """Set when the server is told to stop, so that streams without an end find one."""
         self.follower: Follower
@@ -89,13 +96,15 @@ class Router:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Sockets and tasks, from here to the end."""
+        gossip = self._gossip()
         upstream = Upstream()
-        self.follower = Follower(self.key, self.index, self.fleet, self.clock_s, self.ledger.handed_over)
+        self.follower = Follower(self.key, self.index, self.fleet, self.clock_s, self._handed_over, self.audits)
         self.dispatcher = Dispatcher(
             model=self.spec.model,
             section=self.spec.section,
             fleet=self.fleet,
-            index=self.index,
+            planner=Planner(self.fleet, self.index, self.placement),
+            placement=self.placement,
             renderer=self.renderer,
             upstream=upstream,
             ledger=self.ledger,
@@ -111,8 +120,30 @@ class Router:
             expiring.cancel()
             await asyncio.gather(expiring, return_exceptions=True)
             await self.dispatcher.close()
+            if gossip is not None:
+                await gossip.close()
             await self.follower.close()
             await upstream.close()
+
+    def _gossip(self) -> GossipLink | None:
+        spec = self.spec
+        if not spec.gossip_port:
+            return None
+        link = GossipLink(
+            self.key,
+            self.fleet,
+            name=spec.name,
+            host=spec.section.host,
+            port=spec.gossip_port,
+            life=int(1e9 * self.wall_s()),
+            clock_s=self.clock_s,
+        )
+        link.start(spec.peers)
+        return link
+
+    def _handed_over(self, decode: str, ended: Ended) -> None:
+        self.ledger.handed_over(ended)
+        self.placement.handed_over(ended, decode)
 
     async def _expire(self) -> None:
         while True:
@@ -146,13 +177,14 @@ class Router:
         for worker in self.fleet:
             if worker.name == registration.worker or worker.lost or worker.registration.state == "starting":
                 continue
-            for field in ("page_tokens", "kv_dtype"):
+            for field in ("revision", "page_tokens", "kv_dtype"):
                 wanted, found = getattr(worker.registration, field), getattr(registration, field)
                 if wanted != found:
                     raise ValueError(f"{field}: wanted {wanted!r} as {worker.name} has, found {found!r}")
 
     def _forget(self, name: str) -> None:
         self.follower.forget(name)
+        self.placement.lost(name)
         self.dispatcher.worker_lost(name)
 
     def unready(self) -> list[str]:
@@ -166,7 +198,7 @@ class Router:
         reasons += [
             f"the pages of {worker.name} are not known yet"
             for worker in ready
-            if worker.mode not in (FeedMode.EXACT, FeedMode.APPROXIMATE) and worker.role != "decode"
+            if worker.mode is FeedMode.LOAD_ONLY and worker.role != "decode"
         ]
         return reasons
 
@@ -182,6 +214,8 @@ class Router:
             fleet=self.fleet,
             index=self.index,
             ledger=self.ledger,
+            audits=self.audits,
+            placement=self.placement,
         )
 
     def authorized(self, header: str | None) -> bool:

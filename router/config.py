@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,8 +19,27 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+PolicyName = Literal[
+    "mainstem",
+    "round_robin",
+    "random",
+    "least_load",
+    "power_of_two",
+    "session_hash",
+    "session_sticky",
+    "prefix_hash",
+    "longest_prefix",
+    "smg_cache_aware_text",
+    "smg_cache_aware_events",
+    "dynamo_kv",
+]
+
+
 class CostConfig(BaseModel):
-    """Constants of the pair's cost, in seconds. `python -m benchmarks.fit` prints them for a machine."""
+    """Constants of the pair's cost, in seconds. `python -m benchmarks.fit` prints them for a machine.
+
+    All but `alpha`, `hot_requests`, `copy_s` and `tie_fraction` are only where learning begins.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,6 +59,12 @@ class CostConfig(BaseModel):
     """What one more running request costs those on the same decode worker."""
     tie_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Pairs whose costs differ by less than this fraction are equals: a page in common does not gather all traffic."""
+    hot_requests: Annotated[int, Field(ge=1)] = 2
+    """A prefix that more requests than this use at once, for each worker that holds it, is copied to one more."""
+    copy_s: Annotated[float, Field(ge=0)] = 1.0
+    """Seconds of prefill that such a copy may cost for each request that uses the prefix."""
+    learn: bool = True
+    """Whether the constants follow what finished requests took."""
 
 
 class RouterSection(BaseModel):
@@ -50,6 +75,9 @@ class RouterSection(BaseModel):
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback also needs `api_key_file`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    replicas: Annotated[int, Field(ge=1, le=16, strict=True)] = 1
+    """Routers in front of the same workers, named router, router-1 and so on: each has the next port, and each counts
+    what the others have sent."""
     api_key_file: Path | None = None
     """File with the key that clients must send as `Authorization: Bearer …`; none: no key is asked for."""
     index_max_bytes: Annotated[int, Field(ge=1_000_000)] = 256 * 1024 * 1024
@@ -58,9 +86,24 @@ class RouterSection(BaseModel):
     """A request that has not ended by then is aborted on both workers."""
     first_byte_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """A request whose decode worker has sent nothing by then is aborted on both workers."""
+    policy: PolicyName = "mainstem"
+    """Who chooses. All but `mainstem` are there to compare with."""
+    shadow_policies: tuple[PolicyName, ...] = ()
+    """Policies that see the same requests on paper: what hits and balance they would have had (/metrics, dashboard)."""
     seed: int = 0
     """Breaks ties between equal workers."""
     cost: CostConfig = CostConfig()
+
+    @property
+    def ports(self) -> range:
+        """Where the routers listen, the first one first."""
+        return range(self.port, self.port + self.replicas)
+
+    @model_validator(mode="after")
+    def _ports_that_exist(self) -> RouterSection:
+        if self.ports[-1] > 65535:
+            raise ValueError(f"replicas: wanted ports up to 65535, found {self.ports[-1]} for the last one")
+        return self
 
     @model_validator(mode="after")
     def _open_only_with_a_key(self) -> RouterSection:
@@ -83,3 +126,9 @@ class RouterSpec(BaseModel):
     """The cluster's key."""
     cluster: str
     """The cluster's name, shown on the dashboard."""
+    name: str = "router"
+    """By which other routers in front of the same workers know this one."""
+    gossip_port: int = 0
+    """Where it tells them what it has in flight, on the host of its section; 0: there are no others."""
+    peers: tuple[str, ...] = ()
+    """ZeroMQ addresses on which the others tell."""

@@ -1,37 +1,171 @@
-"""What a choice costs, in seconds.
+"""What a choice costs, in seconds, by constants that are learned while requests end.
 
-    wait(P) + alpha * prefill(tokens P lacks, context) + transfer(pages D lacks) + pressure(D)
+    wait(P) + alpha * prefill(tokens P lacks, context) + transfer(pages D lacks, P -> D) + pressure(D)
 
 Everything is in one unit, so a long cached prefix can outweigh a short queue and a
 long queue can outweigh the cache, without thresholds.
+
+A token attends to all before it: at position x it costs (1 + x / context_halving_tokens)
+times what the first one costs. Hence `n` tokens that end a prompt of `c` take
+
+    overhead + (n + n * (c - n / 2) / context_halving_tokens) / tokens_per_s
+
+The configured constants are where learning begins (`router.fit`), not where it ends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from router.config import CostConfig
+from router.fit import RobustFit, RobustMean
+
+KILO = 1e3
+"""Features are in thousands of tokens, and thousands squared, so that all are of a size."""
+_NOTHING: dict[str, RobustMean] = {}
+MAX_SPEED = 8.0
+"""No worker is believed to be so many times slower or faster than its fleet."""
+SETTLED = 8
+"""Prefills of the fleet before any worker is told from it: until then, what is wrong may be the prior."""
 
 
-def prefill_seconds(uncached_tokens: int, context_tokens: int, config: CostConfig) -> float:
-    """Time one prefill worker computes, alone, for the last `uncached_tokens` of a prompt of `context_tokens`.
+@dataclass(slots=True)
+class Work:
+    """Prefills that were done one after the other, as the sums that their seconds depend on."""
 
-    A token attends to all before it, so at position x it costs (1 + x / context_halving_tokens)
-    times what the first one costs; this is the integral.
-    """
-    middle = context_tokens - uncached_tokens / 2
-    slowdown = 1 + middle / config.context_halving_tokens
-    return config.prefill_overhead_s + uncached_tokens / config.prefill_tokens_per_s * slowdown
+    requests: float = 0.0
+    uncached_tokens: float = 0.0
+    attended: float = 0.0
+    """Sum of uncached tokens times the position of their middle."""
+
+    @classmethod
+    def of(cls, uncached_tokens: int, context_tokens: int) -> Work:
+        """The last `uncached_tokens` of a prompt of `context_tokens`."""
+        return cls(1.0, uncached_tokens, uncached_tokens * (context_tokens - uncached_tokens / 2))
+
+    def plus(self, other: Work) -> Work:
+        return Work(
+            self.requests + other.requests,
+            self.uncached_tokens + other.uncached_tokens,
+            self.attended + other.attended,
+        )
+
+    def features(self) -> tuple[float, float, float]:
+        return self.requests, self.uncached_tokens / KILO, self.attended / KILO**2
 
 
-def wait_seconds(outstanding_tokens: int, outstanding_requests: int, config: CostConfig) -> float:
-    """Time until a prefill worker has computed what it was sent before."""
-    return outstanding_requests * config.prefill_overhead_s + outstanding_tokens / config.prefill_tokens_per_s
+class CostModel:
+    """Seconds for what a request may lead to; `learn_…` takes in what one did lead to."""
 
+    def __init__(self, config: CostConfig) -> None:
+        self.config = config
+        rate = KILO / config.prefill_tokens_per_s
+        prior = (config.prefill_overhead_s, rate, rate * KILO / config.context_halving_tokens)
+        self._prefill = RobustFit(prior, [Work.of(tokens, tokens).features() for tokens in (1, 1000, 8000)])
+        self._speed: dict[str, RobustMean] = {}
+        self._transfer: dict[str, dict[str, RobustMean]] = {}
+        """Seconds a byte, by prefill and decode worker."""
+        self._decode = RobustFit((0.0, config.decode_request_s), [(1.0, 1.0), (1.0, 16.0)])
+        self._usual_transfer = RobustMean(1 / config.handoff_bytes_per_s)
 
-def transfer_seconds(pages: int, config: CostConfig) -> float:
-    """Time to hand so many pages over."""
-    return pages * config.page_bytes / config.handoff_bytes_per_s
+    # What is expected.
 
+    def prefill_s(self, worker: str, uncached_tokens: float, context_tokens: int) -> float:
+        """One prefill of the last `uncached_tokens` of a prompt of `context_tokens`, alone on this worker."""
+        overhead_s, per_kilo_s, per_attended_s = self._prefill.constants
+        kilo = uncached_tokens / KILO
+        attended = kilo * (context_tokens - uncached_tokens / 2) / KILO
+        return self._slowness(worker) * (overhead_s + kilo * per_kilo_s + attended * per_attended_s)
 
-def decode_pressure(running_requests: int, config: CostConfig) -> float:
-    """What one more request costs those that decode there."""
-    return running_requests * config.decode_request_s
+    def tokens_in(self, seconds: float) -> int:
+        """Tokens that a worker computes in so long, at the start of a prompt."""
+        per_kilo_s = self._prefill.constants[1]
+        return int(seconds * KILO / per_kilo_s) if per_kilo_s else 0
+
+    def work_s(self, worker: str, work: Work) -> float:
+        """Several, one after the other."""
+        overhead_s, per_kilo_s, per_attended_s = self._prefill.constants
+        requests, kilo, attended = work.features()
+        return self._slowness(worker) * (requests * overhead_s + kilo * per_kilo_s + attended * per_attended_s)
+
+    def knows_bandwidth(self, prefill: str) -> bool:
+        """Whether any hand-off of this prefill worker was measured."""
+        return prefill in self._transfer
+
+    def page_s(self, prefill: str, decode: str) -> float:
+        """Handing one page over from one to the other."""
+        found = self._transfer.get(prefill, _NOTHING).get(decode)
+        return self.config.page_bytes * (self._usual_transfer if found is None else found).value
+
+    def pressure_s(self, running_requests: int) -> float:
+        """What one more request costs those that decode there."""
+        return running_requests * self._decode.constants[1]
+
+    def _slowness(self, worker: str) -> float:
+        found = self._speed.get(worker)
+        return 1.0 if found is None else min(MAX_SPEED, max(1 / MAX_SPEED, found.value))
+
+    # What was found.
+
+    def learn_prefill(self, worker: str, work: Work, seconds: float) -> None:
+        """So much work kept this worker busy for so long."""
+        if not self.config.learn or seconds <= 0:
+            return
+        if self.observed_prefills >= SETTLED:
+            if worker not in self._speed:
+                self._speed[worker] = RobustMean(1.0)
+            # Not the other way round as well: two scales that correct each other drift off together.
+            self._speed[worker].learn(seconds * self._slowness(worker) / self.work_s(worker, work))
+        self._prefill.learn(work.features(), seconds)
+
+    def learn_transfer(self, prefill: str, decode: str, moved_bytes: int, seconds: float) -> None:
+        """So many bytes took so long between this pair."""
+        if not self.config.learn or seconds <= 0 or moved_bytes <= 0:
+            return
+        pairs = self._transfer.setdefault(prefill, {})
+        if decode not in pairs:
+            pairs[decode] = RobustMean(self._usual_transfer.value)
+        pairs[decode].learn(seconds / moved_bytes)
+        self._usual_transfer.learn(seconds / moved_bytes)
+
+    def learn_decode(self, running_requests: int, itl_s: float, tokens: int) -> None:
+        """A request that decoded beside so many others had its `tokens` so far apart."""
+        if not self.config.learn or itl_s <= 0 or tokens < 2:
+            return
+        # In seconds of the whole request: that is what a neighbour costs it.
+        self._decode.learn((1.0, float(running_requests)), itl_s * tokens)
+
+    def forget(self, worker: str) -> None:
+        """Another worker may take this name."""
+        self._speed.pop(worker, None)
+        self._transfer.pop(worker, None)
+        for pairs in self._transfer.values():
+            pairs.pop(worker, None)
+
+    # What is shown.
+
+    def constants(self) -> Iterator[tuple[str, float]]:
+        """(name, value) of everything learned for the fleet, in the names of the configuration."""
+        overhead_s, per_kilo_s, per_attended_s = self._prefill.constants
+        yield "prefill_overhead_s", overhead_s
+        yield "prefill_tokens_per_s", KILO / per_kilo_s if per_kilo_s else float("inf")
+        yield "context_halving_tokens", KILO * per_kilo_s / per_attended_s if per_attended_s else float("inf")
+        yield "handoff_bytes_per_s", 1 / self._usual_transfer.value
+        yield "decode_request_s", self._decode.constants[1]
+
+    def slowness(self) -> Iterator[tuple[str, float]]:
+        """(worker, its seconds over the fleet's for the same work)."""
+        return ((worker, self._slowness(worker)) for worker in self._speed)
+
+    def bandwidths(self) -> Iterator[tuple[str, str, float]]:
+        """(prefill worker, decode worker, bytes a second)."""
+        return (
+            (prefill, decode, 1 / mean.value)
+            for prefill, pairs in self._transfer.items()
+            for decode, mean in pairs.items()
+        )
+
+    @property
+    def observed_prefills(self) -> int:
+        return self._prefill.observed

@@ -25,8 +25,7 @@ import aiohttp
 from router.answer import Seen, StreamWatch, whole
 from router.client import Client, ClientGone
 from router.config import RouterSection
-from router.fleet import Fleet, Ticket
-from router.index import Index
+from router.fleet import Fleet
 from router.ledger import Ledger, Outcome, Record
 from router.openai import (
     MAX_ROOM,
@@ -38,7 +37,8 @@ from router.openai import (
     leg_body,
     read,
 )
-from router.planner import Plan, Prompt, plan, render
+from router.placement import Flight, Placement
+from router.planner import Plan, Planner, Prompt, render
 from router.policy import NoWorker
 from router.render import Renderer
 from router.upstream import Fault, LegFailed, Upstream, refused
@@ -60,7 +60,7 @@ class _Run:
     rid: str
     request: ClientRequest
     plan: Plan
-    ticket: Ticket
+    flight: Flight
     record: Record
     headers: dict[str, str]
     deadline_s: float
@@ -89,7 +89,8 @@ class Dispatcher:
         model: str,
         section: RouterSection,
         fleet: Fleet,
-        index: Index,
+        planner: Planner,
+        placement: Placement,
         renderer: Renderer,
         upstream: Upstream,
         ledger: Ledger,
@@ -101,7 +102,8 @@ class Dispatcher:
         self._model = model
         self._section = section
         self._fleet = fleet
-        self._index = index
+        self._planner = planner
+        self._placement = placement
         self._renderer = renderer
         self._upstream = upstream
         self._ledger = ledger
@@ -109,7 +111,6 @@ class Dispatcher:
         self._clock_s = clock_s
         self._wall_s = wall_s
         self._rooms = rooms or random.SystemRandom()
-        self._number = 0
         self._runs: dict[str, _Run] = {}
         self._background: set[asyncio.Task[None]] = set()
 
@@ -149,17 +150,8 @@ class Dispatcher:
         return await asyncio.to_thread(render, self._renderer, request)
 
     def _plan(self, request: ClientRequest, prompt: Prompt) -> Plan:
-        self._number += 1
         try:
-            return plan(
-                request,
-                prompt,
-                fleet=self._fleet,
-                index=self._index,
-                section=self._section,
-                now_s=self._clock_s(),
-                number=self._number,
-            )
+            return self._planner.plan(request, prompt, self._clock_s())
         except NoWorker as error:
             raise ApiError(503, str(error), "service_unavailable", code="no_worker") from None
 
@@ -204,12 +196,10 @@ class Dispatcher:
             unrendered=prompt.unrendered,
             prompt_tokens=prompt.tokens,
         )
-        ticket = self._fleet.dispatch(
-            decision.prefill, decision.decode, prompt.tokens, decision.uncached_tokens, started_s
-        )
+        flight = self._placement.send(decision, chosen.pages, started_s)
         deadline_s = started_s + self._section.request_timeout_s
         lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        run = _Run(rid, request, chosen, ticket, record, headers, deadline_s, lost)
+        run = _Run(rid, request, chosen, flight, record, headers, deadline_s, lost)
         self._runs[rid] = run
         self._ledger.begin(record)
         outcome, failed = Outcome.CANCELLED, None
@@ -222,7 +212,6 @@ class Dispatcher:
         finally:
             # Also where the task itself is cancelled, at shutdown.
             del self._runs[rid]
-            self._fleet.finished(ticket)
             self._settle(run, outcome, None if failed is None else str(failed))
         if failed is not None:
             # Only now: a client that does not read would hold the workers' load.
@@ -230,8 +219,10 @@ class Dispatcher:
 
     def _settle(self, run: _Run, outcome: Outcome, error: str | None) -> None:
         usage = run.seen.usage
-        run.record.generated_tokens = usage.completion_tokens if usage is not None else run.seen.token_events
-        self._ledger.end(run.record, outcome, now_s=self._wall_s(), steady_s=self._clock_s(), error=error)
+        record, now_s = run.record, self._clock_s()
+        record.generated_tokens = usage.completion_tokens if usage is not None else run.seen.token_events
+        self._ledger.end(record, outcome, now_s=self._wall_s(), steady_s=now_s, error=error)
+        self._placement.ended(run.flight, now_s, record.itl_s, record.generated_tokens)
         self._on_end(run.record)
 
     async def _relay(self, run: _Run, ids: list[int] | None, client: Client) -> None:
@@ -293,10 +284,13 @@ class Dispatcher:
             seen = whole(raw)
             if seen.failure is not None:
                 raise refused(worker.name, seen.failure.status, seen.failure.message)
-        finally:
-            self._fleet.prefilled(run.ticket)
+        except BaseException:
+            # Also where it is cancelled: its load is not there any more.
+            self._placement.failed(run.flight, self._clock_s())
+            raise
         run.prefilled = True
         self._note_usage(run, seen)
+        self._placement.prefilled(run.flight, self._clock_s(), run.record.actual_cached_tokens)
 
     async def _decode(
         self,
@@ -346,7 +340,7 @@ class Dispatcher:
             if not piece or watch.seen.failure is not None:
                 _check(worker.name, watch.end())
             run.record.ttft_s = self._clock_s() - run.record.started_s
-            self._fleet.prefilled(run.ticket)
+            self._placement.prefilled(run.flight, self._clock_s())
             await client.start(200, {**_content_type(response.headers), "cache-control": "no-cache", **run.headers})
             while piece:
                 await client.write(piece)

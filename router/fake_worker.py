@@ -27,6 +27,7 @@ from transfer.auth import SIGNATURE_HEADER, ClusterKey
 from transfer.ended import Ended
 from transfer.pages import chain_ids, namespace, root_id
 from transfer.wire import (
+    Audit,
     Batch,
     CaughtUp,
     Cleared,
@@ -124,6 +125,8 @@ class FakeWorker:
     max_context_tokens: int = 4096
     capacity_tokens: int = 65536
     lease_s: float = 5.0
+    audit_s: float = 0.0
+    """Time between two audits; 0: none but those that `audit` publishes."""
     epoch: int = field(default_factory=time.time_ns)
     state: WorkerState = "ready"
     fault: Fault = Fault.NONE
@@ -165,6 +168,8 @@ class FakeWorker:
         self.url = f"http://{_HOST}:{self._port}"
         self.handoffs.listening[_HOST, self.handoff_port] = self
         self._tasks.append(asyncio.create_task(self._answer_questions()))
+        if self.audit_s:
+            self._tasks.append(asyncio.create_task(self._audit_for_ever()))
 
     async def stop(self) -> None:
         """Ends at once, like a killed process: nobody is told."""
@@ -206,6 +211,7 @@ class FakeWorker:
             max_context_tokens=self.max_context_tokens,
             sequence=self.sequence,
             held_pages=len(self._held),
+            audit_s=self.audit_s,
             handoffs=list(self._totals.values()),
             lease_s=self.lease_s,
             leaving=leaving,
@@ -251,6 +257,15 @@ class FakeWorker:
         self._held.clear()
         await self._publish([Cleared()])
 
+    async def audit(self, modulus: int = 1, residue: int = 0) -> None:
+        """Publishes what it holds of one class of ids."""
+        ids = [page for page in self._held if page % modulus == residue]
+        await self.publish(Audit(self.name, self.epoch, self.sequence, modulus, residue, ids, len(self._held)))
+
+    async def publish(self, message: wire.Published) -> None:
+        """Says this to every router, true or not."""
+        await self._publisher.send(encode(message))
+
     def forget_journal(self) -> None:
         """From now on, questions about what was before can only be answered by a snapshot."""
         self._journal.clear()
@@ -262,7 +277,12 @@ class FakeWorker:
         if self.lose_batches:
             self.lose_batches -= 1
         else:
-            await self._publisher.send(encode(batch))
+            await self.publish(batch)
+
+    async def _audit_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self.audit_s)
+            await self.audit()
 
     async def _answer_questions(self) -> None:
         while True:
@@ -389,7 +409,7 @@ class FakeWorker:
         )
         kind = HandoffTotals.kind(ended)
         self._totals[kind] = self._totals.get(kind, kind).plus(ended)
-        await self._publisher.send(encode(wire.Handoffs(self.name, self.epoch, [ended])))
+        await self.publish(wire.Handoffs(self.name, self.epoch, [ended]))
 
     async def _stream(
         self, request: web.Request, body: dict[str, Any], prompt_tokens: int, count: int, cached: int

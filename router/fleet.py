@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from router.gossip import NOTHING, Elsewhere
 from transfer.wire import Registration, Role, WorkerState
 
 SUSPECT_S = 5.0
@@ -32,13 +33,14 @@ RECENT_HALF_LIFE_S = 60.0
 
 
 class FeedMode(StrEnum):
-    """How far the index knows a worker's pages."""
+    """What the index's pages of a worker are worth to a choice."""
 
     EXACT = "exact"
+    """All of its pages are known."""
     APPROXIMATE = "approximate"
-    """All is followed, but not all has found room in the index."""
-    CATCHING_UP = "catching-up"
-    NONE = "none"
+    """Something may be missing or gone: a gap is being closed, an audit failed, or not all has found room."""
+    LOAD_ONLY = "load-only"
+    """Nothing usable is known: first contact is under way, or the worker is cut off. Its load still counts."""
 
 
 class Change(StrEnum):
@@ -73,17 +75,23 @@ class Worker:
     registration: Registration
     seen_s: float
     lost: bool = False
-    mode: FeedMode = FeedMode.NONE
+    mode: FeedMode = FeedMode.LOAD_ONLY
     suspect_until_s: float = -math.inf
     inflight_requests: int = 0
     outstanding_uncached_tokens: int = 0
     """Prompt tokens sent to it that it has to compute and has not reported done."""
     outstanding_prefills: int = 0
+    outstanding_s: float = 0.0
+    """What the cost model expects those prefills to take, one after the other."""
+    working_since_s: float = 0.0
+    """When it began with the first of them: when the one before was done."""
     inflight_tokens: int = 0
     """Prompt tokens of the requests that decode there."""
     requests: int = 0
     """Requests sent to it, since it was first seen."""
     recent: Recent = field(default_factory=Recent)
+    elsewhere: Elsewhere = NOTHING
+    """What other routers have in flight there, as they say."""
 
     @property
     def name(self) -> str:
@@ -95,8 +103,15 @@ class Worker:
 
     @property
     def running_requests(self) -> int:
-        """Requests in flight: the engine's count, which knows other routers' too, or our own, which is newer."""
-        return max(self.inflight_requests, self.registration.load.running_requests)
+        """Requests in flight: the engine's count, or the routers' own, which is newer."""
+        return max(self.inflight_requests + self.elsewhere.inflight_requests, self.registration.load.running_requests)
+
+    def wait_s(self, now_s: float) -> float:
+        """Until it has computed what was sent to it from here. Of the first, it may have done nearly all by now."""
+        if not self.outstanding_prefills:
+            return 0.0
+        first_s = self.outstanding_s / self.outstanding_prefills
+        return max(0.0, self.outstanding_s - min(now_s - self.working_since_s, first_s))
 
     def state(self, now_s: float) -> WorkerState | str:
         """starting, ready, draining, lost or suspect."""
@@ -115,6 +130,8 @@ class Ticket:
     decode: Worker
     uncached_tokens: int
     prompt_tokens: int
+    prefill_s: float
+    """What its prefill was expected to take."""
     prefilling: bool = True
     decoding: bool = True
 
@@ -178,7 +195,7 @@ class Fleet:
         for worker in list(self._workers.values()):
             silent_s = now_s - worker.seen_s
             if not worker.lost and silent_s > worker.registration.lease_s:
-                worker.lost, worker.mode = True, FeedMode.NONE
+                worker.lost, worker.mode = True, FeedMode.LOAD_ONLY
                 lost.append(worker.name)
             elif worker.lost and silent_s > worker.registration.lease_s + FORGET_S:
                 del self._workers[worker.name]
@@ -202,10 +219,18 @@ class Fleet:
         ]
         return [worker for worker in ready if now_s >= worker.suspect_until_s] or ready
 
-    def dispatch(self, prefill: str, decode: str, prompt_tokens: int, uncached_tokens: int, now_s: float) -> Ticket:
-        """Counts a request on the workers that it is sent to now."""
-        ticket = Ticket(self._workers[prefill], self._workers[decode], uncached_tokens, prompt_tokens)
+    def dispatch(
+        self, prefill: str, decode: str, prompt_tokens: int, uncached_tokens: int, prefill_s: float, now_s: float
+    ) -> Ticket:
+        """Counts a request on the workers that it is sent to now.
+
+        prefill_s  what its prefill is expected to take
+        """
+        ticket = Ticket(self._workers[prefill], self._workers[decode], uncached_tokens, prompt_tokens, prefill_s)
         first, second = ticket.prefill, ticket.decode
+        if not first.outstanding_prefills:
+            first.working_since_s = now_s
+        first.outstanding_s += prefill_s
         first.outstanding_uncached_tokens += uncached_tokens
         first.outstanding_prefills += 1
         first.recent.add(uncached_tokens, now_s)
@@ -216,19 +241,24 @@ class Fleet:
             worker.requests += 1
         return ticket
 
-    def prefilled(self, ticket: Ticket) -> None:
+    def prefilled(self, ticket: Ticket, now_s: float) -> None:
         """The prefill worker is done with it. Calling it again changes nothing."""
         if not ticket.prefilling:
             return
         ticket.prefilling = False
+        ticket.prefill.outstanding_s -= ticket.prefill_s
+        ticket.prefill.working_since_s = now_s
         ticket.prefill.outstanding_uncached_tokens -= ticket.uncached_tokens
         ticket.prefill.outstanding_prefills -= 1
+        if not ticket.prefill.outstanding_prefills:
+            # No rounding error outlives a busy spell.
+            ticket.prefill.outstanding_s = 0.0
         if ticket.prefill is not ticket.decode:
             ticket.prefill.inflight_requests -= 1
 
-    def finished(self, ticket: Ticket) -> None:
+    def finished(self, ticket: Ticket, now_s: float) -> None:
         """The request is over, on both workers, however it ended. Calling it again changes nothing."""
-        self.prefilled(ticket)
+        self.prefilled(ticket, now_s)
         if not ticket.decoding:
             return
         ticket.decoding = False

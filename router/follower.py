@@ -1,16 +1,18 @@
 """Follow the workers' page events into the index.
 
 For each worker one task, one SUB socket on what it publishes and one DEALER socket
-for questions; `router.sequence` decides what to apply and what to ask. What a decode worker says
-of hand-offs that ended comes over the same SUB socket and is passed on. The task lives
-from the worker's first registration in an epoch until the worker is lost, leaves or is
-replaced, and its pages are forgotten then.
+for questions; `router.sequence` decides what to apply and what to ask, `router.audit`
+whether what was applied is right. What a decode worker says of hand-offs that ended
+comes over the same SUB socket and is passed on. The task lives from the worker's first
+registration in an epoch until the worker is lost, leaves or is replaced, and its pages
+are forgotten then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +20,7 @@ from typing import TypeVar
 import zmq
 import zmq.asyncio
 
+from router.audit import Audits
 from router.fleet import FeedMode, Fleet
 from router.index import Index
 from router.sequence import Sequence, Step
@@ -25,11 +28,12 @@ from transfer.auth import ClusterKey
 from transfer.ended import Ended
 from transfer.undecodable import UNDECODABLE
 from transfer.wire import (
+    Audit,
     Batch,
     Cleared,
-    Handoffs,
     PageEvent,
     PageMessage,
+    Published,
     Registration,
     Removed,
     Stored,
@@ -47,8 +51,14 @@ RECEIVE_HIGH_WATER = 100_000
 TURN_MESSAGES = 64
 """Messages taken from a socket before requests get their turn again."""
 CLOSE_S = 2.0
+AUDIT_SHARE = 0.02
+"""Of this process's time, what audits may take: with many workers and many pages each is looked at less often."""
+ROOM = 0.9
+"""An index that is filled no further than this has dropped nothing for want of room lately."""
+HEARTBEAT_S = 1.0
+"""A connection without a sign of life for three times as long is dropped and made anew: TCP alone would wait on."""
 
-Message = TypeVar("Message", PageMessage, Batch | Handoffs)
+Message = TypeVar("Message", PageMessage, Published)
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,19 @@ class _Feed:
     task: asyncio.Task[None]
 
 
+@dataclass
+class _Turn:
+    """When the next audit of a worker is looked at."""
+
+    next_s: float = -math.inf
+
+
 class Follower:
     """Keeps `index` in step with the workers it is told to follow.
 
     clock_s      seconds of a steady clock
-    handed_over  told of every hand-off that a worker says is over
+    handed_over  told of every hand-off that a decode worker says is over, with its name
+    audits       what comparing samples with the workers came to
     """
 
     def __init__(
@@ -70,13 +88,15 @@ class Follower:
         index: Index,
         fleet: Fleet,
         clock_s: Callable[[], float],
-        handed_over: Callable[[Ended], None],
+        handed_over: Callable[[str, Ended], None],
+        audits: Audits,
     ) -> None:
         self._key = key
         self._index = index
         self._fleet = fleet
         self._clock_s = clock_s
         self._handed_over = handed_over
+        self._audits = audits
         self._feeds: dict[str, _Feed] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._context = zmq.asyncio.Context()
@@ -98,7 +118,7 @@ class Follower:
         if feed is None:
             feed = self._start(registration)
         if feed.sequence.epoch == registration.epoch:
-            feed.sequence.announced(registration.sequence)
+            feed.sequence.announced(registration.sequence, registration.audit_s)
 
     def forget(self, name: str) -> None:
         """Stops following the worker and drops its pages."""
@@ -109,6 +129,7 @@ class Follower:
 
     def _start(self, registration: Registration) -> _Feed:
         sequence = Sequence(registration.epoch)
+        self._audits.began(registration.worker)
         task = asyncio.create_task(self._follow(registration, sequence), name=registration.worker)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -123,12 +144,14 @@ class Follower:
             log.error("feed ended worker=%s error=%r", task.get_name(), error)
 
     async def _follow(self, registration: Registration, sequence: Sequence) -> None:
-        name = registration.worker
+        name, turn = registration.worker, _Turn()
         live, replay = self._context.socket(zmq.SUB), self._context.socket(zmq.DEALER)
         try:
             for socket in (live, replay):
                 self._key.secure_client(socket)
                 socket.rcvhwm = RECEIVE_HIGH_WATER
+                socket.heartbeat_ivl = int(1000 * HEARTBEAT_S)
+                socket.heartbeat_timeout = socket.handshake_ivl = int(3000 * HEARTBEAT_S)
             # Subscribed before the question is asked: what is published meanwhile is buffered, not lost.
             live.subscribe(b"")
             live.connect(registration.events)
@@ -142,7 +165,7 @@ class Follower:
                 for socket in readable:
                     if socket is live:
                         for said in await self._received(name, live, decode_published):
-                            await self._take(name, sequence, self._heard(sequence, said), replay)
+                            await self._take(name, sequence, self._heard(name, sequence, said, turn), replay)
                     else:
                         for part in await self._received(name, replay, decode_page_message):
                             await self._take(name, sequence, sequence.answered(part, self._clock_s()), replay)
@@ -173,12 +196,34 @@ class Follower:
                 log.warning("page message of another worker wanted=%s found=%s", name, message.worker)
         return messages
 
-    def _heard(self, sequence: Sequence, said: Batch | Handoffs) -> Step:
-        if isinstance(said, Batch):
-            return sequence.live(said, self._clock_s())
+    def _heard(self, name: str, sequence: Sequence, said: Published, turn: _Turn) -> Step:
+        now_s = self._clock_s()
+        match said:
+            case Batch():
+                return sequence.live(said, now_s)
+            case Audit():
+                step = sequence.reached(said.epoch, said.sequence, now_s)
+                if not 0 <= said.residue < said.modulus:
+                    log.warning("audit refused worker=%s modulus=%d residue=%d", name, said.modulus, said.residue)
+                elif now_s >= turn.next_s and sequence.stands_at(said.epoch, said.sequence):
+                    return self._compare(name, sequence, said, turn, now_s)
+                return step
         for ended in said.ended:
-            self._handed_over(ended)
+            self._handed_over(said.worker, ended)
         return Step()
+
+    def _compare(self, name: str, sequence: Sequence, audit: Audit, turn: _Turn, now_s: float) -> Step:
+        known = self._index.sample(name, audit.modulus, audit.residue)
+        # Pages that found no room are missing rightly. So are none while there is some: those came in disorder, or
+        # after a page that was dropped by mistake.
+        room = self._index.complete(name) or self._index.bytes < ROOM * self._index.max_bytes
+        heal = self._audits.compared(name, set(audit.ids), known, room, now_s)
+        turn.next_s = now_s + (self._clock_s() - now_s) * len(self._feeds) / AUDIT_SHARE
+        if not heal:
+            return Step()
+        agreement = self._audits[name].agreement
+        log.warning("pages differ worker=%s sequence=%d agreement=%.3f", name, audit.sequence, agreement)
+        return sequence.refuted(now_s)
 
     async def _take(self, name: str, sequence: Sequence, step: Step, replay: zmq.asyncio.Socket) -> None:
         for event in step.events:
@@ -194,9 +239,9 @@ class Follower:
                 log.warning("page request not sent worker=%s", name)
 
     def _mode(self, name: str, sequence: Sequence) -> FeedMode:
-        if not sequence.exact:
-            return FeedMode.CATCHING_UP
-        return FeedMode.EXACT if self._index.complete(name) else FeedMode.APPROXIMATE
+        mode = sequence.mode(self._clock_s())
+        sound = self._index.complete(name) and self._audits[name].trusted
+        return FeedMode.APPROXIMATE if mode is FeedMode.EXACT and not sound else mode
 
     def _apply(self, name: str, event: PageEvent) -> None:
         match event:

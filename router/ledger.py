@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from router.policy import Decision
+from router.decision import Decision
 from transfer.ended import Ended
 
 KEPT_REQUESTS = 200

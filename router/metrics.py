@@ -1,20 +1,22 @@
 """Every metric of the router, for Prometheus.
 
 Counters and gauges are read from the ledger, the fleet and the index when somebody
-asks, so nothing is counted twice; only the histograms are fed, one request at a time.
+asks, so nothing is counted twice; only histograms and decisions are fed, one request at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from router.audit import Audits
 from router.fleet import FeedMode, Fleet
 from router.handoffs import Handoffs
 from router.index import Index
 from router.ledger import Ledger, Record
+from router.placement import Placement
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -23,16 +25,31 @@ class Metrics:
     """A registry of its own, so that two routers in one process do not meet."""
 
     def __init__(
-        self, ledger: Ledger, fleet: Fleet, index: Index, handoffs: Handoffs, clock_s: Callable[[], float]
+        self,
+        ledger: Ledger,
+        fleet: Fleet,
+        index: Index,
+        handoffs: Handoffs,
+        audits: Audits,
+        placement: Placement,
+        clock_s: Callable[[], float],
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Collector(ledger, fleet, index, handoffs, clock_s))
+        self._registry.register(_Choices(fleet, audits, placement))
         self._ttft = self._histogram("mainstem_time_to_first_token_seconds", "Until the first bytes of a stream")
         self._itl = self._histogram("mainstem_inter_token_seconds", "Mean time between tokens, one value a request")
         self._total = self._histogram("mainstem_request_seconds", "From choice to end")
+        self._decisions = Counter(
+            "mainstem_decisions",
+            "Requests that are over, by the first word of why they went where they did",
+            labelnames=["policy", "reason"],
+            registry=self._registry,
+        )
 
     def ended(self, record: Record) -> None:
-        """Takes a finished request into the histograms."""
+        """Takes in a finished request."""
+        self._decisions.labels(record.decision.policy, _kind(record)).inc()
         for histogram, value in ((self._ttft, record.ttft_s), (self._itl, record.itl_s), (self._total, record.total_s)):
             if value is not None:
                 histogram.observe(value)
@@ -44,6 +61,11 @@ class Metrics:
 
     def _histogram(self, name: str, says: str) -> Histogram:
         return Histogram(name, says, registry=self._registry, buckets=_SECONDS)
+
+
+def _kind(record: Record) -> str:
+    """The reason without its numbers and names, of which there is no end."""
+    return "unrendered" if record.unrendered else record.decision.reason.partition(" ")[0].rstrip(":,")
 
 
 class _Collector:
@@ -112,3 +134,81 @@ class _Collector:
                 pages.add_metric(pair, totals.pages)
                 prefix.add_metric(pair, totals.prefix_tokens)
         yield from (ended, seconds, moved, pages, prefix)
+
+
+class _Choices:
+    """What choices are made from: how far the index is right, what work is believed to take, what others would do."""
+
+    def __init__(self, fleet: Fleet, audits: Audits, placement: Placement) -> None:
+        self._fleet = fleet
+        self._audits = audits
+        self._placement = placement
+
+    def collect(self) -> Iterator[Metric]:
+        mode = GaugeMetricFamily(
+            "mainstem_worker_index_mode", "1 for the mode its pages are known in", labels=["worker", "mode"]
+        )
+        for worker in self._fleet:
+            for one in FeedMode:
+                mode.add_metric([worker.name, one.value], worker.mode is one)
+        yield mode
+        yield from self._audited()
+        yield from self._learned()
+        yield from self._shadows()
+
+    def _audited(self) -> Iterator[Metric]:
+        agreement = GaugeMetricFamily(
+            "mainstem_index_audit_agreement",
+            "Share of the last sample that both agree on",
+            labels=["worker"],
+        )
+        audits = CounterMetricFamily("mainstem_index_audits", "Samples compared", labels=["worker"])
+        refuted = CounterMetricFamily("mainstem_index_audits_refuted", "Samples that differed", labels=["worker"])
+        heals = CounterMetricFamily("mainstem_index_heals", "Times a worker's pages were taken anew", labels=["worker"])
+        for name, audited in self._audits:
+            agreement.add_metric([name], audited.agreement)
+            audits.add_metric([name], audited.audits)
+            refuted.add_metric([name], audited.refuted)
+            heals.add_metric([name], audited.heals)
+        yield from (agreement, audits, refuted, heals)
+
+    def _learned(self) -> Iterator[Metric]:
+        model = self._placement.model
+        constants = GaugeMetricFamily("mainstem_cost_constant", "What the cost model has learned", labels=["name"])
+        for name, value in model.constants():
+            constants.add_metric([name], value)
+        slowness = GaugeMetricFamily(
+            "mainstem_cost_worker_slowness", "Its seconds for the same prefills, over the fleet's", labels=["worker"]
+        )
+        for name, value in model.slowness():
+            slowness.add_metric([name], value)
+        bandwidth = GaugeMetricFamily(
+            "mainstem_cost_handoff_bytes_per_second", "Between a pair, while it writes", labels=["prefill", "decode"]
+        )
+        for prefill, decode, value in model.bandwidths():
+            bandwidth.add_metric([prefill, decode], value)
+        observed = CounterMetricFamily(
+            "mainstem_cost_observations", "Stretches of prefills learned from", value=model.observed_prefills
+        )
+        yield from (constants, slowness, bandwidth, observed)
+        yield GaugeMetricFamily(
+            "mainstem_expected_requests",
+            "Requests with pages expected before their events",
+            len(self._placement.expected),
+        )
+
+    def _shadows(self) -> Iterator[Metric]:
+        hits = GaugeMetricFamily(
+            "mainstem_shadow_hit_ratio", "Cached of all prompt tokens, had this policy chosen", labels=["policy"]
+        )
+        imbalance = GaugeMetricFamily(
+            "mainstem_shadow_imbalance",
+            "Tokens computed by the busiest worker over the mean",
+            labels=["policy"],
+        )
+        requests = CounterMetricFamily("mainstem_shadow_requests", "Requests it saw", labels=["policy"])
+        for shadow in self._placement.shadows:
+            hits.add_metric([shadow.policy.name], shadow.hit_rate)
+            imbalance.add_metric([shadow.policy.name], shadow.imbalance)
+            requests.add_metric([shadow.policy.name], shadow.requests)
+        yield from (hits, imbalance, requests)

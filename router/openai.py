@@ -74,6 +74,8 @@ class ClientRequest:
     stream: bool
     salt: str = field(repr=False)
     """Namespace of its pages, as the engine forms it; "" for none."""
+    session: str = field(repr=False)
+    """What the client says that it belongs to: for policies that keep sessions together; "" where it says nothing."""
     max_new_tokens: int | None
     """What the client asked for; None: as many as fit."""
 
@@ -126,8 +128,15 @@ def read(endpoint: Endpoint, raw: bytes, model: str) -> ClientRequest:
         body=body,
         stream=stream,
         salt=_salt(body),
+        session=_session(body),
         max_new_tokens=limits[0] if limits else default,
     )
+
+
+def _session(body: Json) -> str:
+    """OpenAI's own words for it; a wrong type is the engine's to refuse."""
+    named = body.get("prompt_cache_key") or body.get("user")
+    return named if isinstance(named, str) else ""
 
 
 def check_length(request: ClientRequest, prompt_tokens: int, context_tokens: int) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
+from router.audit import Audits
 from router.fleet import Fleet, Worker
 from router.index import Index
 from router.ledger import Counts, Ledger, Record
+from router.placement import Placement
 
 SHOWN_REQUESTS = 50
 
@@ -23,6 +26,8 @@ def snapshot(
     fleet: Fleet,
     index: Index,
     ledger: Ledger,
+    audits: Audits,
+    placement: Placement,
 ) -> dict[str, Any]:
     """The whole state. `now_s` is since 1970, `steady_s` is of the fleet's clock."""
     return {
@@ -34,14 +39,27 @@ def snapshot(
         "totals": asdict(ledger.totals),
         "series": [{"t_s": second, **_in_series(counts)} for second, counts in ledger.series(now_s)],
         "index": {"nodes": len(index), "bytes": index.bytes, "max_bytes": index.max_bytes},
-        "workers": [_worker(worker, index, steady_s) for worker in sorted(fleet, key=lambda worker: worker.name)],
+        "workers": [
+            _worker(worker, index, audits, steady_s) for worker in sorted(fleet, key=lambda worker: worker.name)
+        ],
+        "policy": placement.policy.name,
+        "learned": {name: value if isfinite(value) else None for name, value in placement.model.constants()},
+        "shadows": [
+            {
+                "policy": shadow.policy.name,
+                "requests": shadow.requests,
+                "hit_rate": shadow.hit_rate,
+                "imbalance": shadow.imbalance,
+            }
+            for shadow in placement.shadows
+        ],
         "requests": [_request(record) for record in ledger.newest(SHOWN_REQUESTS)],
     }
 
 
 def explanation(record: Record) -> dict[str, Any]:
     """Everything about one request's choice."""
-    return {**_request(record), "unrendered": record.unrendered or None, "decision": asdict(record.decision)}
+    return {**_request(record), "unrendered": record.unrendered or None, "decision": record.decision.explained()}
 
 
 def _in_series(counts: Counts) -> dict[str, int]:
@@ -50,7 +68,7 @@ def _in_series(counts: Counts) -> dict[str, int]:
     return sums
 
 
-def _worker(worker: Worker, index: Index, steady_s: float) -> dict[str, Any]:
+def _worker(worker: Worker, index: Index, audits: Audits, steady_s: float) -> dict[str, Any]:
     registration = worker.registration
     return {
         "name": worker.name,
@@ -59,6 +77,8 @@ def _worker(worker: Worker, index: Index, steady_s: float) -> dict[str, Any]:
         "url": registration.url,
         "epoch": registration.epoch,
         "mode": worker.mode.value,
+        "audits": audits[worker.name].audits,
+        "agreement": audits[worker.name].agreement,
         "held_pages": index.held(worker.name),
         "capacity_pages": registration.capacity_tokens // registration.page_tokens,
         "running_requests": registration.load.running_requests,

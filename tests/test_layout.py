@@ -34,11 +34,51 @@ PURE = [
             "undecodable",
         )
     ),
-    *(f"engine/{name}.py" for name in ("journal", "page_events", "told_failures", "launch/supervision")),
+    *(
+        f"engine/{name}.py"
+        for name in (
+            "journal",
+            "page_events",
+            "told_failures",
+            "launch/supervision",
+            "sim",
+            "sim_cache",
+            "sim_job",
+            "sim_request",
+            "sim_running",
+            "sim_time",
+        )
+    ),
     *(
         f"router/{name}.py"
-        for name in ("index", "fleet", "sequence", "cost", "policy", "openai", "answer", "ledger", "handoffs")
+        for name in (
+            "answer",
+            "audit",
+            "cost",
+            "decision",
+            "expected",
+            "fit",
+            "fleet",
+            "gossip",
+            "handoffs",
+            "holder_sets",
+            "index",
+            "leaf_order",
+            "ledger",
+            "openai",
+            "page_lru",
+            "page_table",
+            "pair_cost",
+            "pairs",
+            "paper_fleet",
+            "placement",
+            "policies",
+            "policy",
+            "sequence",
+            "shadow",
+        )
     ),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "router" / "baselines").glob("*.py"))),
 ]
 IMPURE_MODULES = {"asyncio", "time", "random", "socket", "logging", "os", "threading", "zmq", "aiohttp", "subprocess"}
 

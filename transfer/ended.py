@@ -22,3 +22,5 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     """From the first word of the room to its end."""
     reason: str
     """Why it failed; "" where it did not."""
+    writing_s: float = 0.0
+    """Of that, the time in which pages were written. 0 where the hand-off failed."""

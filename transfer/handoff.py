@@ -29,7 +29,7 @@ import msgspec
 
 from transfer.layout import PoolLayout
 
-VERSION = 2
+VERSION = 3
 FRAME = struct.Struct("<I")
 MAX_STRANGER_BYTES = 1 << 16
 """A longer message from a peer that has not proved yet who it is ends the connection."""
@@ -115,6 +115,8 @@ class Last(msgspec.Struct, frozen=True, array_like=True, tag="last"):
     """Pages written in all: decode checks it against what it granted."""
     rows: list[bytes]
     """The request's row of each auxiliary buffer."""
+    writing_s: float = 0.0
+    """How long prefill was writing pages, without the time in which it computed them: what the link can do."""
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):

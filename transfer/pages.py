@@ -17,11 +17,8 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Sequence
-from itertools import pairwise
 
 import xxhash
-
-_PARENT = struct.Struct("<Q")
 
 
 def namespace(model: str, revision: str = "", salt: str = "") -> str:
@@ -49,10 +46,8 @@ def chain_ids(parent: int, tokens: Sequence[int], page_tokens: int) -> list[int]
     if page_tokens < 1:
         raise ValueError(f"page_tokens: wanted at least 1, found {page_tokens}")
     whole = len(tokens) // page_tokens * page_tokens
-    raw = memoryview(array("I", tokens[:whole]).tobytes())
-    page_bytes = 4 * page_tokens
-    ids = []
-    for start, end in pairwise(range(0, len(raw) + 1, page_bytes)):
-        parent = xxhash.xxh3_64_intdigest(_PARENT.pack(parent) + raw[start:end])
-        ids.append(parent)
-    return ids
+    pages = struct.iter_unpack(f"{4 * page_tokens}s", array("I", tokens[:whole]).tobytes())
+    # What is hashed, in one piece: joining parent and page for each page would take as long as hashing it.
+    hashed = struct.Struct(f"<Q{4 * page_tokens}s").pack
+    digest = xxhash.xxh3_64_intdigest
+    return [parent := digest(hashed(parent, page)) for (page,) in pages]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import socket
 import threading
 import time
@@ -53,6 +54,7 @@ class _Incoming:
         self.prefix_tokens = 0
         self.aux_row = 0
         self.rows: list[bytes] = []
+        self.writing_s = 0.0
         self.coming_pages = 0
         self.reason = ""
         self.began_s = now_s
@@ -245,6 +247,7 @@ class Receiver:
             prefix_tokens=incoming.prefix_tokens,
             took_s=self._clock() - incoming.began_s,
             reason=incoming.reason,
+            writing_s=incoming.writing_s if done else 0.0,
         )
 
     # The courier's thread.
@@ -387,11 +390,13 @@ class Receiver:
         if tuple(map(len, last.rows)) != self._aux.layout.page_bytes:
             found = ", ".join(str(len(row)) for row in last.rows)
             raise ValueError(f"last: wanted rows of {self._aux.layout.page_bytes} bytes, found {found}")
+        if not 0 <= last.writing_s < math.inf:
+            raise ValueError(f"last: wanted seconds of writing, found {last.writing_s}")
         if not last.pages == incoming.coming_pages == len(incoming.pages):
             granted, found_pages = len(incoming.pages), f"{last.pages} written of {incoming.coming_pages} announced"
             self._fail(room, incoming, f"pages: wanted {granted}, found {found_pages}")
             return
-        incoming.rows = last.rows
+        incoming.rows, incoming.writing_s = last.rows, last.writing_s
         self._step(room, incoming, Event.LAST)
 
     def _expect(self, peer: _Peer, room: int, pages: Pages, prefix_tokens: int) -> None:

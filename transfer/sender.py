@@ -71,6 +71,7 @@ class _Outgoing:
         self.prefix_tokens = 0
         self.queued_pages = 0
         self.sent_bytes = 0
+        self.writing_s = 0.0
         self.reason = ""
         self.deadline_s = now_s + queue_s
         self.began_s = now_s
@@ -371,12 +372,14 @@ class Sender:
                 return
             end = start + self._slice_pages
             source = write.source[start:end]
+            began_s = self._clock()
             await peer.route.write(write.room, write.first + start, source, destination[start:end])
+            outgoing.writing_s += self._clock() - began_s
             outgoing.sent_bytes += len(source) * self._me.layout.bytes_per_page
         if outgoing.state in TERMINAL:
             return
         if write.aux is not None:
-            chunk.append(handoff.Last(write.room, write.first + len(write.source), write.aux))
+            chunk.append(handoff.Last(write.room, write.first + len(write.source), write.aux, outgoing.writing_s))
         if chunk:
             await peer.connection.send(*chunk)
 

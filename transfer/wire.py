@@ -2,6 +2,7 @@
 
     agent ── POST /internal/register (JSON, signed) ──> router     every `renew_s`: it is the heartbeat too
     agent ══ PUB  Batch (msgpack)                   ══> router     what its KV cache stored and dropped
+    agent ══ PUB  Audit (msgpack)                   ══> router     a sample of what it holds, every `audit_s`
     router ── DEALER PageRequest (msgpack)          ──> agent      "I have up to sequence n of epoch e"
     agent ── ROUTER Batch… | Snapshot… then CaughtUp ─> router
     agent ══ PUB  Handoffs (msgpack)                ══> router     decode: what each hand-off came to, as it ends
@@ -12,6 +13,8 @@ single requests and no count.
 A worker's batches carry (worker, epoch, sequence). Sequence starts at 1 in each
 epoch and grows by one. A router that sees a gap, or a new epoch, asks. Snapshots
 come in parts, parents before children; `CaughtUp` says which sequence they reach.
+An audit stands in the stream of batches: whoever has applied all before it holds the
+same sample, page for page, or is wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import msgspec
 
 from transfer.ended import Ended
 
-VERSION = 2
+VERSION = 3
 """Raised when a message changes its meaning. Both sides refuse another version."""
 
 Role = Literal["prefill", "decode", "both"]
@@ -102,6 +105,22 @@ class PageRequest(msgspec.Struct, frozen=True, array_like=True, tag="q"):
     sequence: int
 
 
+class Audit(msgspec.Struct, frozen=True, array_like=True, tag="a"):
+    """All pages, in whatever tier, that the worker holds after batch `sequence` and that fall into one class of ids.
+
+    ids         those with id % modulus == residue, in no order
+    held_pages  all pages that it holds
+    """
+
+    worker: str
+    epoch: int
+    sequence: int
+    modulus: int
+    residue: int
+    ids: list[int]
+    held_pages: int
+
+
 class Handoffs(msgspec.Struct, frozen=True, array_like=True, tag="h"):
     """Hand-offs to this decode worker that ended just now."""
 
@@ -110,7 +129,7 @@ class Handoffs(msgspec.Struct, frozen=True, array_like=True, tag="h"):
     ended: list[Ended]
 
 
-Published = Batch | Handoffs
+Published = Batch | Audit | Handoffs
 
 
 class HandoffTotals(msgspec.Struct, frozen=True, array_like=True):
@@ -185,6 +204,8 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     sequence: int = 0
     """Last page-event sequence published: a router that stands below it has missed the tail."""
     held_pages: int = 0
+    audit_s: float = 0.0
+    """An `Audit` is published this often, so silence says that the router is cut off; 0: never."""
     load: Load = Load()
     handoffs: list[HandoffTotals] = []
     """Of a decode worker: what was handed over to it in this epoch, one sum for each kind."""
@@ -210,7 +231,7 @@ decode_page_message = msgspec.msgpack.Decoder(PageMessage).decode
 """bytes -> Batch | Snapshot | CaughtUp. Raises msgspec.ValidationError or DecodeError."""
 
 decode_published = msgspec.msgpack.Decoder(Published).decode
-"""bytes -> Batch | Handoffs. Raises msgspec.ValidationError or DecodeError."""
+"""bytes -> Batch | Audit | Handoffs. Raises msgspec.ValidationError or DecodeError."""
 
 decode_page_request = msgspec.msgpack.Decoder(PageRequest).decode
 """bytes -> PageRequest. Raises msgspec.ValidationError or DecodeError."""

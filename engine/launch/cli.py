@@ -53,7 +53,7 @@ ModelOption = Annotated[
 ]
 PortOption = Annotated[
     int | None,
-    typer.Option("--port", min=0, max=65535, help="The router's port, instead of the file's; 0: a free one."),
+    typer.Option("--port", min=0, max=65535, help="The first router's port, instead of the file's; 0: free ones."),
 ]
 StateOption = Annotated[
     Path,
@@ -124,9 +124,9 @@ def plan(
     # The same seed each time: two plans of a file agree. `up` looks for ports anew.
     planned = make_plan(config, served, Folders(state, state / "run"), PortPicker(0, config.chosen_ports))
     if as_json:
-        router = planned.router.model_dump(mode="json")
+        routers = [router.model_dump(mode="json") for router in planned.routers]
         workers = [msgspec.to_builtins(worker) for worker in planned.workers]
-        print(json.dumps({"router": router, "workers": workers, "fork": config.forks}))
+        print(json.dumps({"router": routers[0], "routers": routers, "workers": workers, "fork": config.forks}))
     else:
         _console().print(plan_tables(planned))
 
@@ -139,6 +139,7 @@ def status(which: Which = None, state_dir: StateOption = _STATE_DIR, as_json: Js
     import msgspec
 
     from engine.launch.display import record_table
+    from engine.launch.plan import ROUTER
     from engine.launch.probe import look
 
     folder = _find(which, state_dir)
@@ -150,13 +151,19 @@ def status(which: Which = None, state_dir: StateOption = _STATE_DIR, as_json: Js
             print(json.dumps({"running": False}))
             raise typer.Exit(1)
         raise LaunchFailed(f"{folder.path.name + ': ' if folder else ''}nothing is running")
-    seen = look(record.url, Path(record.api_key_file) if record.api_key_file else None)
-    all_ready = seen.healthy and all(one.state == "ready" for one in record.processes)
+    key_file = Path(record.api_key_file) if record.api_key_file else None
+    urls = record.urls or {ROUTER: record.url}
+    seen = {name: look(url, key_file) for name, url in urls.items()}
+    all_ready = all(one.healthy for one in seen.values()) and all(one.state == "ready" for one in record.processes)
     if as_json:
-        print(json.dumps({"running": True, "ready": all_ready, **msgspec.to_builtins(record), "router": seen.detail}))
+        details = {name: one.detail for name, one in seen.items()}
+        said = {"router": seen[ROUTER].detail, "routers": details}
+        print(json.dumps({"running": True, "ready": all_ready, **msgspec.to_builtins(record), **said}))
     else:
         _console().print(record_table(record))
-        print(f"{record.name} is {record.phase}: {record.url}" + (f" ({seen.problem})" if seen.problem else ""))
+        problems = [f" ({one.problem})" if one.problem else "" for one in seen.values()]
+        addresses = ", ".join(map("".join, zip(urls.values(), problems, strict=True)))
+        print(f"{record.name} is {record.phase}: {addresses}")
     if not all_ready:
         raise typer.Exit(1)
 

@@ -2,7 +2,7 @@
 
     thread "supervise"                       other threads
       queue <── Began, Ended ─────────────── starters
-            <── Seen ─────────────────────── watcher of the router
+            <── Seen ─────────────────────── a watcher for each router
             <── Stop ─────────────────────── whoever calls stop()
       decide (engine.launch.supervision), act, publish a View, tell events
 
@@ -164,10 +164,11 @@ class Cluster:
     @property
     def workers(self) -> dict[str, int]:
         """Name -> pid of the workers that run now."""
-        return {one.name: one.pid for one in self._view.processes if one.name != ROUTER and one.pid is not None}
+        return {one.name: one.pid for one in self._view.processes if one.role != ROUTER and one.pid is not None}
 
     @property
     def router_pid(self) -> int | None:
+        """The first router's."""
         return next(one.pid for one in self._view.processes if one.name == ROUTER)
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
@@ -247,7 +248,8 @@ class _Managed:
     identity: Identity | None = None
     began_ns: int = 0
     """Nanoseconds since 1970 when this life was asked for."""
-    seen: SeenWorker | None = None
+    seen: dict[str, SeenWorker | None] = field(default_factory=dict)
+    """Of a worker: what each router says of this life of it, None where it does not know it."""
     note: str = ""
     unswept: list[int] = field(default_factory=list)
 
@@ -277,8 +279,9 @@ class _Supervisor:
         self._phase = Phase.STARTING
         self._problem = ""
         self._imported = False
+        self._routers = {router.name: router for router in plan.routers}
         self._workers = {worker.name: worker for worker in plan.workers}
-        self._managed = {name: self._manage(name) for name in (ROUTER, *self._workers)}
+        self._managed = {name: self._manage(name) for name in (*self._routers, *self._workers)}
         self._starters = self._make_starters()
         self._last_view = self.view()
 
@@ -288,15 +291,18 @@ class _Supervisor:
 
     def run(self) -> None:
         """Until everything is over."""
-        section = self._plan.router.section
-        watcher = Watcher(self._plan.url, section.api_key_file, self.tell)
+        watchers = [
+            Watcher(router.name, url, router.section.api_key_file, self.tell)
+            for router, url in zip(self._plan.routers, self._plan.urls, strict=True)
+        ]
         try:
             now_s = time.monotonic()
             for managed in self._managed.values():
                 self._decided(managed, *supervision.begin(now_s, self._limits))
             while any(managed.process.state not in OVER for managed in self._managed.values()):
                 waiting = any(managed.process.state is State.STARTING for managed in self._managed.values())
-                watcher.every_s = EAGER_S if waiting else CALM_S
+                for watcher in watchers:
+                    watcher.every_s = EAGER_S if waiting else CALM_S
                 self._show()
                 self._receive()
                 self._tick()
@@ -304,7 +310,8 @@ class _Supervisor:
             self._problem = f"the launcher itself failed: {error!r}"
             raise
         finally:
-            watcher.close()
+            for watcher in watchers:
+                watcher.close()
             for starter in self._starters.values():
                 starter.close()
             self._finish()
@@ -328,13 +335,12 @@ class _Supervisor:
         return View(self._phase, self._began_s, processes, self._problem)
 
     def _manage(self, name: str) -> _Managed:
-        section = self._plan.router.section
-        worker = self._workers.get(name)
+        told = self._workers[name] if name in self._workers else self._routers[name].section
         return _Managed(
             name=name,
-            role=worker.role if worker else ROUTER,
-            host=worker.host if worker else section.host,
-            port=worker.port if worker else section.port,
+            role=told.role if isinstance(told, WorkerSpec) else ROUTER,
+            host=told.host,
+            port=told.port,
             process=Process(State.STARTING, self._began_s, None),
             log_file=self._plan.folders.log_file(name),
         )
@@ -356,7 +362,7 @@ class _Supervisor:
         else:
             workers = SpawnStarter(worker_command, self.tell)
         router = SpawnStarter(router_command, self.tell)
-        return {ROUTER: router, **dict.fromkeys(self._workers, workers)}
+        return {**dict.fromkeys(self._routers, router), **dict.fromkeys(self._workers, workers)}
 
     def _receive(self) -> None:
         """Waits for a message, then takes all that have come."""
@@ -400,7 +406,8 @@ class _Supervisor:
         was = managed.process
         if managed.pid is not None:
             managed.unswept = kill_group(managed.pid, _SWEEP_S)
-        managed.pid = managed.identity = managed.seen = None
+        managed.pid = managed.identity = None
+        managed.seen.clear()
         how = report.note or describe_exit(report.code)
         self._decided(managed, *supervision.ended(was, now_s, self._limits, how, report.code))
         if managed.process.state is State.STOPPED:
@@ -422,11 +429,11 @@ class _Supervisor:
         for managed in self._managed.values():
             if managed.pid is None or seen.at_s < managed.process.since_s:
                 continue
-            usable = seen.healthy
-            if managed.name != ROUTER and seen.healthy:
+            usable = seen.healthy and managed.name == seen.router
+            if managed.role != ROUTER and seen.healthy:
                 one = seen.workers.get(managed.name)
-                managed.seen = one if one and one.epoch >= managed.began_ns else None
-                usable = managed.seen is not None and managed.seen.state == "ready"
+                managed.seen[seen.router] = one if one and one.epoch >= managed.began_ns else None
+                usable = len(managed.seen) == len(self._routers) and _seen_state(managed) == "ready"
             if usable and managed.process.state is State.STARTING:
                 took_s = now_s - managed.process.since_s
                 self._decided(managed, *supervision.ready(managed.process, now_s))
@@ -485,8 +492,8 @@ class _Supervisor:
         managed.began_ns = time.time_ns()
         spec_file = self._plan.folders.spec_file(managed.name)
         environment: dict[str, str] = {}
-        if managed.name == ROUTER:
-            spec_file.write_text(self._plan.router.model_dump_json(indent=2))
+        if managed.name in self._routers:
+            spec_file.write_text(self._routers[managed.name].model_dump_json(indent=2))
         else:
             worker = self._fresh_spec(managed)
             worker.write(spec_file)
@@ -499,7 +506,7 @@ class _Supervisor:
             environment=environment,
         )
         self._say(managed.name, "starting" if managed.life == 1 else "starting again")
-        if managed.name != ROUTER and self._plan.config.forks and not self._imported:
+        if managed.role != ROUTER and self._plan.config.forks and not self._imported:
             managed.note = "SGLang is being imported, once for all workers"
         self._starters[managed.name].start(birth)
 
@@ -548,6 +555,7 @@ class _Supervisor:
             launcher_started_ticks=launcher.started_ticks,
             stop_timeout_s=launch.stop_timeout_s,
             url=self._plan.url,
+            urls=dict(zip(self._routers, self._plan.urls, strict=True)),
             model=self._plan.router.model,
             api_key_file=str(key_file) if key_file else "",
             run_dir=str(self._plan.folders.run),
@@ -572,11 +580,17 @@ def _process_record(managed: _Managed) -> ProcessRecord:
 
 
 def _shown_state(managed: _Managed) -> str:
-    """The supervisor's word, unless the router sees a worker differently that was ready once."""
+    """The supervisor's word, unless a router sees a worker differently that was ready once."""
     state = managed.process.state
-    if state is State.READY and managed.name != ROUTER:
-        return managed.seen.state if managed.seen else "lost"
+    if state is State.READY and managed.role != ROUTER:
+        return _seen_state(managed)
     return state.value
+
+
+def _seen_state(managed: _Managed) -> str:
+    """What the routers say of a worker: ready where all do, else the first other word."""
+    states = [one.state if one else "lost" for one in managed.seen.values()]
+    return next((state for state in states if state != "ready"), "ready" if states else "lost")
 
 
 def _left(managed: _Managed) -> str:

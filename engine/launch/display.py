@@ -41,8 +41,9 @@ def follow(cluster: Cluster, events: queue.SimpleQueue[Event], console: Console)
 def plan_tables(plan: Plan) -> RenderableType:
     """Each process that would be started, with all it would be told."""
     overview = _table("name", "role", "address", "hand-off", "events", "replay", "log")
-    section = plan.router.section
-    overview.add_row(ROUTER, ROUTER, f"{section.host}:{section.port}", "", "", "", _log(plan.folders, ROUTER))
+    for router in plan.routers:
+        at = f"{router.section.host}:{router.section.port}"
+        overview.add_row(router.name, ROUTER, at, "", "", "", _log(plan.folders, router.name))
     for worker in plan.workers:
         ports = (str(port or "") for port in (worker.handoff_port, worker.events_port, worker.replay_port))
         log = _log(plan.folders, worker.name)
@@ -59,6 +60,7 @@ def plan_tables(plan: Plan) -> RenderableType:
         f"model    {plan.router.model} in {plan.router.model_path}",
         f"workers  {start}; role, ports, events and hand-off are added by the worker itself",
         f"pages    handed over by {', '.join(transfer.transports)}",
+        *(_gossip_ports(plan) if len(plan.routers) > 1 else ()),
         *(_nixl_warning(transfer.nixl_devices) if "nixl" in transfer.transports else ()),
         f"logs     {plan.folders.log_file('x').parent}",
         "ports    free now; `up` looks again, except for the router's and where port_base is set",
@@ -80,12 +82,24 @@ def record_table(record: ClusterRecord) -> Table:
 def addresses(cluster: Cluster) -> list[str]:
     """Where to go, one line each."""
     plan = cluster.plan
+    others = [f"also       {url}/v1      {name}" for name, url in _others(plan)]
     return [
         f"API        {cluster.url}/v1      model {plan.router.model}",
+        *others,
         f"dashboard  {cluster.url}/",
         f"metrics    {cluster.url}/metrics",
         f"logs       {plan.folders.log_file('x').parent}",
     ]
+
+
+def _others(plan: Plan) -> list[tuple[str, str]]:
+    """Name and address of the routers after the first."""
+    return [(router.name, url) for router, url in zip(plan.routers, plan.urls, strict=True)][1:]
+
+
+def _gossip_ports(plan: Plan) -> list[str]:
+    ports = ", ".join(f"{router.name} on {router.gossip_port}" for router in plan.routers)
+    return [f"gossip   between routers: {ports}"]
 
 
 def _nixl_warning(devices: Sequence[str]) -> list[str]:

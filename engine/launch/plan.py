@@ -1,8 +1,8 @@
 """What will be started for a cluster file: every process with its ports, flags and files, before any of it runs.
 
-    ClusterConfig + model folder + free ports ──> Plan = RouterSpec, WorkerSpec x N
+    ClusterConfig + model folder + free ports ──> Plan = RouterSpec x N, WorkerSpec x M
 
-Workers reach the router at `Plan.url`; people use the same address.
+Workers register with every router, at `Plan.urls`; people use the same addresses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from router.config import RouterSpec
 from transfer.nixl_packages import NIXL_PACKAGES
 
 ROUTER = "router"
-"""The router's name among the processes of a cluster."""
+"""The first router's name among the processes of a cluster, and the role of all routers."""
 _OURS = {"SGL_FORCE_SHUTDOWN": "1"}
 """Every worker's: asked to end, SGLang would otherwise wait for its requests, for as long as they take."""
 
@@ -58,37 +58,37 @@ class Plan:
 
     config: ClusterConfig
     folders: Folders
-    router: RouterSpec
+    routers: tuple[RouterSpec, ...]
     workers: tuple[WorkerSpec, ...]
     fixed_ports: frozenset[str]
     """Names of the workers whose ports the file sets."""
 
     @property
+    def router(self) -> RouterSpec:
+        """The first router."""
+        return self.routers[0]
+
+    @property
     def url(self) -> str:
-        return http_url(_reachable(self.router.section.host), self.router.section.port)
+        """The first router's."""
+        return self.urls[0]
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Every router's address, the first one first."""
+        return tuple(map(_url, self.routers))
 
 
 def make_plan(config: ClusterConfig, model: ServedModel, folders: Folders, picker: PortPicker) -> Plan:
     """Chooses the ports. Raises BadInput where one that the file sets is in use, a host is not of this machine,
     or nixl is wanted and not installed.
 
-    A router.port of 0, which only callers in Python can ask for, takes a free one.
+    A router.port of 0, which only callers in Python and --port can ask for, takes free ones.
     """
     if "nixl" in config.transfer.transports and not any(map(_is_installed, NIXL_PACKAGES)):
         wanted = f"transfer.transports: nixl wants one of the packages {', '.join(NIXL_PACKAGES)}, found none"
         raise BadInput(f"{wanted}: install mainstem[nixl]")
-    section = config.router
-    if section.port == 0:
-        section = section.model_copy(update={"port": picker.pick(section.host)})
-    else:
-        _want_free("router", "port", section.host, section.port)
-    router = RouterSpec(
-        section=section,
-        model=model.name,
-        model_path=model.path,
-        key_file=folders.key_file,
-        cluster=config.name,
-    )
+    routers = _routers(config, model, folders, picker)
     template = WorkerSpec(
         name="",
         role="both",
@@ -99,7 +99,7 @@ def make_plan(config: ClusterConfig, model: ServedModel, folders: Folders, picke
         model_path=str(model.path),
         served_model=model.name,
         page_tokens=config.page_tokens,
-        routers=(http_url(_reachable(section.host), section.port),),
+        routers=tuple(map(_url, routers)),
         key_file=str(folders.key_file),
         run_dir="",
         transports=config.transfer.transports,
@@ -108,6 +108,7 @@ def make_plan(config: ClusterConfig, model: ServedModel, folders: Folders, picke
         tcp_lanes=config.transfer.tcp_lanes,
         nixl_devices=config.transfer.nixl_devices,
         renew_s=config.transfer.renew_s,
+        audit_s=config.transfer.audit_s,
     )
     workers: list[WorkerSpec] = []
     fixed: set[str] = set()
@@ -127,7 +128,7 @@ def make_plan(config: ClusterConfig, model: ServedModel, folders: Folders, picke
                 run_dir=str(folders.run_dir(name)),
             )
             workers.append(_with_ports(named, ports))
-    return Plan(config, folders, router, tuple(workers), frozenset(fixed))
+    return Plan(config, folders, routers, tuple(workers), frozenset(fixed))
 
 
 def renew_ports(worker: WorkerSpec, picker: PortPicker) -> WorkerSpec:
@@ -140,6 +141,35 @@ def renew_ports(worker: WorkerSpec, picker: PortPicker) -> WorkerSpec:
 
 def http_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _routers(config: ClusterConfig, model: ServedModel, folders: Folders, picker: PortPicker) -> tuple[RouterSpec, ...]:
+    host, replicas = config.router.host, config.router.replicas
+    if config.router.port == 0:
+        ports = [picker.pick(host) for _ in range(replicas)]
+    else:
+        ports = list(config.router.ports)
+        for port in ports:
+            _want_free("router", "port", host, port)
+    gossip = [picker.pick(host) for _ in range(replicas)] if replicas > 1 else [0]
+    told = [f"tcp://{http_url(_reachable(host), port).removeprefix('http://')}" for port in gossip]
+    return tuple(
+        RouterSpec(
+            section=config.router.model_copy(update={"port": port}),
+            model=model.name,
+            model_path=model.path,
+            key_file=folders.key_file,
+            cluster=config.name,
+            name=f"{ROUTER}-{number}" if number else ROUTER,
+            gossip_port=gossip[number],
+            peers=tuple(address for other, address in enumerate(told) if other != number),
+        )
+        for number, port in enumerate(ports)
+    )
+
+
+def _url(router: RouterSpec) -> str:
+    return http_url(_reachable(router.section.host), router.section.port)
 
 
 def _is_installed(module: str) -> bool:

@@ -1,6 +1,6 @@
-"""Ask the running router, over HTTP and with a deadline, what it knows.
+"""Ask a running router, over HTTP and with a deadline, what it knows.
 
-A worker counts as ready when the *router* says so: then a client can use it.
+A worker counts as ready when the *routers* say so: then a client can use it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,6 +43,8 @@ class Seen:
     detail: dict[str, Any]
     """All of /api/state; empty where there was no answer."""
     problem: str = ""
+    router: str = ""
+    """The name of the router that was looked at, where a watcher looked."""
 
 
 def look(url: str, api_key_file: Path | None = None) -> Seen:
@@ -64,14 +66,15 @@ def look(url: str, api_key_file: Path | None = None) -> Seen:
 class Watcher:
     """Looks again and again from a thread of its own, so that a slow answer delays nobody."""
 
-    def __init__(self, url: str, api_key_file: Path | None, tell: Callable[[Seen], None]) -> None:
+    def __init__(self, router: str, url: str, api_key_file: Path | None, tell: Callable[[Seen], None]) -> None:
         self.every_s = EAGER_S
         """Time between two looks; may be set at any time."""
+        self._router = router
         self._url = url
         self._api_key_file = api_key_file
         self._tell = tell
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watch-router", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name=f"watch-{router}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -80,7 +83,7 @@ class Watcher:
 
     def _watch(self) -> None:
         while not self._over.wait(self.every_s):
-            self._tell(look(self._url, self._api_key_file))
+            self._tell(replace(look(self._url, self._api_key_file), router=self._router))
 
 
 def _seen(worker: dict[str, Any]) -> SeenWorker:

@@ -61,6 +61,9 @@ class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
     launcher_started_ticks: int
     stop_timeout_s: float
     url: str
+    """The first router's."""
+    urls: dict[str, str] = {}
+    """Every router's, by its name; a launcher of an earlier version wrote none."""
     model: str
     """The name clients ask for."""
     api_key_file: str = ""

@@ -163,6 +163,43 @@ def test_events_of_the_scheduler_reach_a_router_and_a_late_one_catches_up(tmp_pa
     run(work, tmp_path)
 
 
+def test_audits_stand_in_the_stream_right_after_the_batches_that_they_are_about(tmp_path: Path) -> None:
+    async def work(site: Site, spec: WorkerSpec, key: ClusterKey) -> None:
+        agent = Agent(msgspec.structs.replace(spec, audit_s=0.01), epoch=77, key=key)
+        await asyncio.to_thread(agent.start)
+        context = zmq.asyncio.Context.instance()
+        with context.socket(zmq.SUB) as live:
+            key.secure_client(live)
+            live.connect(f"tcp://127.0.0.1:{spec.events_port}")
+            live.subscribe(b"")
+            audited: list[int] = []
+            applied: set[int] = set()
+            position = 0
+            outbox = Outbox(page_socket(spec))
+            async with asyncio.timeout(10):
+                await live.recv()  # an audit: from here on nothing is missed
+                for page in range(1, 21):
+                    outbox.put(wire.Stored(1, 0, [page]))
+                    await asyncio.sleep(0.005)
+                while len(applied) < 20 or audited[-1] < 20:
+                    match wire.decode_published(await live.recv()):
+                        case wire.Batch(sequence=sequence, events=events):
+                            assert sequence == position + 1
+                            position = sequence
+                            applied.update(page for event in events for page in event.ids)  # type: ignore[union-attr]
+                        case wire.Audit() as audit:
+                            assert (audit.worker, audit.epoch, audit.sequence) == ("prefill-0", 77, position)
+                            assert set(audit.ids) == applied
+                            assert audit.held_pages == len(applied)
+                            audited.append(len(applied))
+            assert len(set(audited)) > 1
+            assert (await site.until(lambda one: one.held_pages == 20)).audit_s == 0.01
+            await asyncio.to_thread(outbox.close)
+        await asyncio.to_thread(agent.close)
+
+    run(work, tmp_path)
+
+
 def test_handoffs_are_published_as_they_end_and_their_sums_stand_in_every_registration(tmp_path: Path) -> None:
     async def work(site: Site, spec: WorkerSpec, key: ClusterKey) -> None:
         agent = Agent(msgspec.structs.replace(spec, name="decode-0", role="decode"), epoch=77, key=key)
@@ -191,7 +228,7 @@ def test_handoffs_are_published_as_they_end_and_their_sums_stand_in_every_regist
                     assert (message.worker, message.epoch) == ("decode-0", 77)
                     if isinstance(message, wire.Batch):
                         batches.append(message)
-                    else:
+                    elif isinstance(message, wire.Handoffs):
                         heard += message.ended
             assert heard == told
             # What is no page event takes no number of theirs.

@@ -35,6 +35,13 @@ def test_every_file_in_configs_is_valid(path: Path) -> None:
         ("router: {port: 0}", "router.port: wanted an integer from 1 to 65535, found 0"),
         ("router: {prot: 1}", "router.prot: unknown key, did you mean 'port'?"),
         ("rooter: {port: 1}", "rooter: unknown key, did you mean 'router'?"),
+        ("router: {replicas: 0}", "router.replicas: wanted an integer from 1 to 16, found 0"),
+        ("router: {replicas: 17}", "router.replicas: wanted an integer from 1 to 16, found 17"),
+        (
+            "router: {port: 65535, replicas: 2}",
+            "router.replicas: wanted ports up to 65535, found 65536 for the last one",
+        ),
+        ("transfer: {audit_s: 0}", "transfer.audit_s: wanted a number above 0, found 0"),
         ("router: {cost: {alpha: 0}}", "router.cost.alpha: wanted a number of at least 1, found 0"),
         ("router: 8000", "router: wanted a mapping, found 8000"),
         ("launch: {start: frok}", "launch.start: wanted one of auto, fork, spawn, found 'frok'"),
@@ -170,6 +177,24 @@ def test_the_router_cannot_be_moved_to_a_port_of_a_worker() -> None:
         )
     assert config.with_router_port(9008).router.port == 9008
     assert config.with_router_port(9008).chosen_ports == frozenset(range(9000, 9009))
+
+
+def test_several_routers_have_ports_in_a_row_that_no_worker_may_have() -> None:
+    workers = "workers: [{role: both, port_base: 9000}]"
+    head = "name: tiny\nmodel: {path: smollm2}\n"
+    (line,) = lines_of(f"{head}router: {{port: 8998, replicas: 3}}\n{workers}")
+    assert line.startswith("workers[0].port_base: wanted 4 free ports in a row up to 65535, found that 9000 is taken")
+
+    config = parse(f"{head}router: {{port: 8990, replicas: 3}}\n{workers}")
+    assert config.chosen_ports == {8990, 8991, 8992, 9000, 9001, 9002, 9003}
+    with pytest.raises(BadInput) as caught:
+        config.with_router_port(8999)
+    assert caught.value.lines == (
+        "router.port: wanted a port that no worker has, found 9000: workers[0].port_base takes 9000 to 9003",
+    )
+    with pytest.raises(BadInput, match=r"router\.port: wanted 3 ports up to 65535, found 65534 as the first one"):
+        config.with_router_port(65534)
+    assert list(config.with_router_port(8991).router.ports) == [8991, 8992, 8993]
 
 
 def test_fork_is_refused_with_a_gpu_and_says_why() -> None:

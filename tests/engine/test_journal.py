@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.journal import REMEMBERED_BATCHES, Journal
+from engine.journal import AUDITED_PAGES, REMEMBERED_BATCHES, Journal
+from transfer.pages import chain_ids, root_id
 from transfer.wire import Batch, CaughtUp, Cleared, PageEvent, PageMessage, PageRequest, Removed, Snapshot, Stored, Tier
 
 Chain = tuple[int, ...]
@@ -107,6 +108,33 @@ def test_a_newcomer_and_one_of_another_epoch_get_everything(script: list[Chain |
 
     for request in (PageRequest(0, 0), PageRequest(4, journal.sequence)):
         assert follow(list(journal.answer(request)), {99}) == {page_id(chain) for chain in cache.held}
+
+
+@given(steps, st.integers(0, 5))
+def test_audits_with_turns_that_follow_each_other_name_every_page_once(script: list[Chain | str], first: int) -> None:
+    cache, journal = Cache(), Journal("w", 5)
+    for step in script:
+        journal.apply(cache.do(step))
+    modulus = journal.audit(first).modulus
+
+    audits = [journal.audit(turn) for turn in range(first, first + modulus)]
+
+    named = [page for audit in audits for page in audit.ids]
+    assert sorted(named) == sorted(page_id(chain) for chain in cache.held)
+    assert {(audit.worker, audit.epoch, audit.sequence) for audit in audits} == {("w", 5, journal.sequence)}
+    assert all(page % modulus == audit.residue for audit in audits for page in audit.ids)
+    assert {audit.held_pages for audit in audits} == {len(cache.held)}
+
+
+def test_an_audit_of_many_pages_is_a_sample_of_about_the_same_size() -> None:
+    journal = Journal("w", 5)
+    journal.apply([Stored(0, 0, chain_ids(root_id("x"), range(20_000), 1))])
+
+    sizes = [len(journal.audit(turn).ids) for turn in range(journal.audit(0).modulus)]
+
+    assert sum(sizes) == 20_000
+    assert min(sizes) > AUDITED_PAGES / 2
+    assert max(sizes) < 2 * AUDITED_PAGES
 
 
 def test_a_gap_older_than_the_memory_is_answered_with_a_snapshot() -> None:

@@ -221,6 +221,27 @@ def test_plan_shows_every_process_and_starts_none(file: Path, capsys: pytest.Cap
     assert not state.exists()
 
 
+def test_plan_tells_several_routers_of_each_other_and_workers_of_all(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(file.read_text() + "router: {replicas: 2}\ntransfer: {audit_s: 7}\n")
+    state = ("--state-dir", str(file.parent / "state"))
+    code, out, _ = run(capsys, "plan", str(file), *state)
+    assert code == 0
+    assert "router-1" in out
+    assert "gossip   between routers: router on " in out
+
+    told = json.loads(run(capsys, "plan", str(file), *state, "--json")[1])
+    first, second = told["routers"]
+    assert (first["name"], first["section"]["port"]) == ("router", 8000)
+    assert (second["name"], second["section"]["port"]) == ("router-1", 8001)
+    assert first["peers"] == [f"tcp://127.0.0.1:{second['gossip_port']}"]
+    assert second["peers"] == [f"tcp://127.0.0.1:{first['gossip_port']}"]
+    assert len({first["gossip_port"], second["gossip_port"], 0}) == 3
+    assert [worker["routers"] for worker in told["workers"]] == 2 * [["http://127.0.0.1:8000", "http://127.0.0.1:8001"]]
+    assert {worker["audit_s"] for worker in told["workers"]} == {7}
+
+
 def with_nixl(file: Path, **transfer: list[str]) -> Path:
     """The same cluster over nixl, its workers on this machine's loopback."""
     changed = file.with_name("nixl.yaml")

@@ -18,6 +18,7 @@ from engine.launch.cluster import Cluster, Event, Phase, ProcessView
 from engine.launch.errors import BadInput, LaunchFailed
 from engine.launch.lifeline import Identity, group_members
 from engine.launch.ports import PortPicker, is_free
+from engine.launch.probe import look
 from engine.launch.state import StateFolder
 
 BOTH_WAYS = pytest.mark.parametrize("way", ["fork", "spawn"])
@@ -62,8 +63,9 @@ def state_dir(tmp_path: Path) -> Path:
     return tmp_path / "state" / "tiny"
 
 
-def cluster_file(model: Path, launch: str, workers: str = "[{role: both}]") -> ClusterConfig:
+def cluster_file(model: Path, launch: str, workers: str = "[{role: both}]", routers: int = 1) -> ClusterConfig:
     text = f"name: tiny\nmodel: {{path: {model}}}\nengine: {{device: cpu}}\nworkers: {workers}\n"
+    text += f"router: {{replicas: {routers}}}\n"
     return parse_cluster(f"{text}launch: {{{launch}}}", model).with_router_port(0)
 
 
@@ -191,6 +193,37 @@ def test_when_the_zygote_dies_its_workers_are_started_again_from_another(running
         running.until_ready_again(name, pid)
         assert Identity.of(pid) is None
         assert parent_of(running.cluster.workers[name]) != zygote
+
+
+def test_several_routers_are_ready_together_and_each_is_started_again_by_itself(model: Path, state_dir: Path) -> None:
+    with start(cluster_file(model, "start: fork", PAIR, routers=2), state_dir) as cluster:
+        cluster.wait_ready()
+        one = {view.name: view for view in cluster.view.processes}
+        assert {name: (view.role, view.state) for name, view in one.items()} == {
+            "router": ("router", "ready"),
+            "router-1": ("router", "ready"),
+            "prefill-0": ("prefill", "ready"),
+            "decode-0": ("decode", "ready"),
+        }
+        for url in cluster.plan.urls:
+            assert set(look(url).workers) == {"prefill-0", "decode-0"}
+        assert set(cluster.workers) == {"prefill-0", "decode-0"}
+        record = StateFolder(state_dir).read()
+        assert record is not None
+        assert record.urls == dict(zip(("router", "router-1"), cluster.plan.urls, strict=True))
+
+        killed = one["router-1"].pid
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        until(
+            lambda: (
+                {view.state for view in cluster.view.processes} == {"ready"}
+                and all(view.pid not in (None, killed) for view in cluster.view.processes)
+            ),
+            "another life of router-1",
+        )
+        assert cluster.router_pid == one["router"].pid
+        assert look(cluster.plan.urls[1]).healthy
 
 
 @BOTH_WAYS

@@ -174,6 +174,55 @@ def test_a_request_for_a_life_that_is_over_fails_at_once_and_the_next_life_is_us
     run(scenario())
 
 
+def test_what_choices_are_made_from_is_shown_and_counted(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "p1", "d0", shadow_policies=["round_robin", "mainstem"]) as cluster:
+            learned = dict(cluster.router.placement.model.constants())
+            for _ in range(4):
+                assert (await cluster.post(chat(PREFIX)))[0] == 200
+            state = (await cluster.get("/api/state"))[1]
+            async with cluster.session.get(cluster.url + "/metrics") as response:
+                text = await response.text()
+
+            assert state["policy"] == "mainstem"
+            assert state["learned"].keys() == learned.keys()
+            assert state["learned"]["prefill_tokens_per_s"] != learned["prefill_tokens_per_s"]
+            shadows = {shadow["policy"]: shadow for shadow in state["shadows"]}
+            assert {name: shadow["requests"] for name, shadow in shadows.items()} == {"round_robin": 4, "mainstem": 4}
+            # Two workers, so that round robin misses twice.
+            assert 0.4 < shadows["round_robin"]["hit_rate"] < 0.5
+            for line in (
+                'mainstem_worker_index_mode{mode="exact",worker="p0"} 1.0',
+                'mainstem_shadow_requests_total{policy="round_robin"} 4.0',
+                'mainstem_cost_constant{name="prefill_tokens_per_s"}',
+                "mainstem_cost_observations_total 4.0",
+            ):
+                assert line in text, line
+            decided = re.findall(r'mainstem_decisions_total\{policy="mainstem",reason="(\w+)"\} (\d)', text)
+            assert sum(int(count) for _, count in decided) == 4
+            assert {"equals"} < {reason for reason, _ in decided} <= {"equals", "cache", "load", "spill"}
+
+    run(scenario())
+
+
+def test_audits_of_every_worker_are_counted_and_shown(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0", worker={"audit_s": 0.05}) as cluster:
+            await cluster.post(chat(PREFIX))
+            await cluster.until(lambda: cluster.router.audits["p0"].audits > 1)
+            _, state = await cluster.get("/api/state")
+            async with cluster.session.get(cluster.url + "/metrics") as response:
+                text = await response.text()
+
+            shown = {worker["name"]: worker for worker in state["workers"]}["p0"]
+            assert (shown["audits"] > 1, shown["agreement"], shown["mode"]) == (True, 1.0, "exact")
+            assert re.search(r'mainstem_index_audits_total\{worker="p0"\} [1-9]', text)
+            for name, value in (("audit_agreement", 1.0), ("audits_refuted_total", 0.0), ("heals_total", 0.0)):
+                assert f'mainstem_index_{name}{{worker="p0"}} {value}' in text, name
+
+    run(scenario())
+
+
 def test_what_was_handed_over_is_counted_shown_and_explained(start: Any) -> None:
     async def scenario() -> None:
         async with start("p0", "d0") as cluster:
@@ -713,7 +762,7 @@ def test_a_worker_whose_pages_found_no_room_is_shown_as_approximate_and_is_ready
     ("field", "value", "message"),
     [
         ("model", "other", "model: wanted 'tiny', found 'other'"),
-        ("version", 9, "version: wanted 2, found 9"),
+        ("version", 9, "version: wanted 3, found 9"),
         ("page_tokens", 8, "page_tokens: wanted 4 as d0 has, found 8"),
     ],
 )

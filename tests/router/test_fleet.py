@@ -60,7 +60,7 @@ def test_a_worker_that_was_lost_long_ago_is_dropped(fleet: Fleet) -> None:
 
 
 def test_a_new_epoch_starts_with_no_load_and_an_old_one_is_not_listened_to(fleet: Fleet) -> None:
-    fleet.dispatch("p0", "d0", 100, 100, 0)
+    fleet.dispatch("p0", "d0", 100, 100, 0.5, 0)
 
     assert fleet.register(registration("p0", epoch=2), 1) is Change.REPLACED
     assert fleet["p0"].outstanding_uncached_tokens == 0
@@ -69,10 +69,10 @@ def test_a_new_epoch_starts_with_no_load_and_an_old_one_is_not_listened_to(fleet
 
 
 def test_a_request_of_an_earlier_epoch_takes_nothing_off_the_new_one(fleet: Fleet) -> None:
-    ticket = fleet.dispatch("p0", "d0", 100, 100, 0)
+    ticket = fleet.dispatch("p0", "d0", 100, 100, 0.5, 0)
     fleet.register(registration("p0", epoch=2), 1)
 
-    fleet.finished(ticket)
+    fleet.finished(ticket, 1)
 
     assert fleet["p0"].outstanding_uncached_tokens == 0
     assert fleet["d0"].inflight_requests == 0
@@ -119,37 +119,49 @@ def test_a_suspect_is_avoided_for_a_while_but_taken_where_it_is_the_only_one(fle
 
 
 def test_load_is_counted_at_dispatch_and_taken_off_once(fleet: Fleet) -> None:
-    ticket = fleet.dispatch("p0", "d0", prompt_tokens=100, uncached_tokens=60, now_s=0)
+    ticket = fleet.dispatch("p0", "d0", prompt_tokens=100, uncached_tokens=60, prefill_s=0.5, now_s=0)
 
     assert fleet["p0"].outstanding_uncached_tokens == 60
     assert fleet["p0"].inflight_requests == fleet["d0"].inflight_requests == 1
     assert fleet["d0"].inflight_tokens == 100
 
-    fleet.prefilled(ticket)
-    fleet.prefilled(ticket)
+    fleet.prefilled(ticket, 1)
+    fleet.prefilled(ticket, 1)
     assert fleet["p0"].outstanding_uncached_tokens == fleet["p0"].inflight_requests == 0
     assert fleet["d0"].inflight_requests == 1
 
-    fleet.finished(ticket)
-    fleet.finished(ticket)
+    fleet.finished(ticket, 1)
+    fleet.finished(ticket, 1)
     assert fleet["d0"].inflight_requests == fleet["d0"].inflight_tokens == 0
     assert fleet["p0"].requests == 1
 
 
 def test_a_worker_that_does_both_counts_a_request_once(fleet: Fleet) -> None:
     fleet.register(registration("m0", "both"), 0)
-    ticket = fleet.dispatch("m0", "m0", 10, 10, 0)
+    ticket = fleet.dispatch("m0", "m0", 10, 10, 0.1, 0)
 
     assert fleet["m0"].inflight_requests == fleet["m0"].requests == 1
-    fleet.prefilled(ticket)
+    fleet.prefilled(ticket, 1)
     assert fleet["m0"].inflight_requests == 1
-    fleet.finished(ticket)
+    fleet.finished(ticket, 1)
     assert fleet["m0"].inflight_requests == 0
 
 
+def test_a_worker_is_waited_for_as_long_as_what_it_was_sent_takes(fleet: Fleet) -> None:
+    first = fleet.dispatch("p0", "d0", 100, 100, prefill_s=2.0, now_s=10)
+    second = fleet.dispatch("p0", "d0", 100, 100, prefill_s=2.0, now_s=11)
+
+    assert fleet["p0"].wait_s(11) == pytest.approx(3)
+    assert fleet["p0"].wait_s(19) == pytest.approx(2)  # the first is late; it is not believed to have done the second's
+    fleet.prefilled(first, 12)
+    assert fleet["p0"].wait_s(13) == pytest.approx(1)
+    fleet.finished(second, 14)
+    assert fleet["p0"].wait_s(14) == 0
+
+
 def test_recent_tokens_halve(fleet: Fleet) -> None:
-    fleet.dispatch("p0", "d0", 100, 80, 0)
-    fleet.dispatch("p0", "d0", 100, 80, RECENT_HALF_LIFE_S)
+    fleet.dispatch("p0", "d0", 100, 80, 0.5, 0)
+    fleet.dispatch("p0", "d0", 100, 80, 0.5, RECENT_HALF_LIFE_S)
 
     assert fleet["p0"].recent.at(RECENT_HALF_LIFE_S) == pytest.approx(120)
     assert fleet["p0"].recent.at(2 * RECENT_HALF_LIFE_S) == pytest.approx(60)

@@ -5,22 +5,19 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.config import CostConfig
+from router.cost import CostModel
+from router.decision import Decision
 from router.handoffs import Handoffs
 from router.ledger import KEPT_REQUESTS, Ledger, Record
-from router.policy import Decision
+from router.pairs import Pairs
+from router.policy import Ask, DecodeView, Pick, PrefillView
 from transfer.ended import Ended
 from transfer.wire import HandoffTotals
 
-DECISION = Decision(
-    prefill="p0",
-    decode="d0",
-    prompt_tokens=9,
-    matched_tokens=0,
-    reason="",
-    cache_choice="p0",
-    load_choice="p0",
-    candidates=(),
-)
+P0, D0 = PrefillView(name="p0"), DecodeView(name="d0")
+ASK = Ask(number=1, prompt_tokens=9, page_tokens=16)
+DECISION = Decision(Pairs(ASK, [P0], [D0], CostModel(CostConfig())), Pick(P0, D0, ""), "mainstem", alpha=4)
 
 
 def ended(room: int = 1, prefill: str = "p0", transport: str = "shm", reason: str = "", pages: int = 3) -> Ended:

@@ -1,12 +1,15 @@
-"""Choices between pairs, with their arithmetic."""
+"""Our choices between pairs, with their arithmetic."""
 
 from __future__ import annotations
 
 import pytest
 
 from router.config import CostConfig
-from router.cost import prefill_seconds
-from router.policy import Decision, DecodeView, NoWorker, PrefillView, choose, usable_tokens
+from router.cost import CostModel, Work
+from router.decision import SHOWN_CANDIDATES, Decision
+from router.pair_cost import PairCost
+from router.pairs import Pairs
+from router.policy import Ask, DecodeView, NoWorker, PrefillView, usable_tokens
 
 COST = CostConfig(
     alpha=4,
@@ -16,8 +19,15 @@ COST = CostConfig(
     handoff_bytes_per_s=1e9,
     page_bytes=1000,
     decode_request_s=0.02,
+    tie_fraction=0.05,
+    hot_requests=2,
+    copy_s=1.0,
 )
 D0 = DecodeView(name="d0")
+
+
+def holding(name: str, pages: int, **others: float | bool) -> PrefillView:
+    return PrefillView(name=name, held_pages=pages, expected_pages=pages, **others)  # type: ignore[arg-type]
 
 
 def decide(
@@ -27,20 +37,15 @@ def decide(
     prompt_tokens: int = 1600,
     number: int = 0,
     seed: int = 0,
+    cost: CostConfig = COST,
 ) -> Decision:
-    return choose(
-        prefills,
-        decodes or [D0],
-        prompt_tokens=prompt_tokens,
-        page_tokens=16,
-        cost=COST,
-        seed=seed,
-        number=number,
-    )
+    ask = Ask(number=number, prompt_tokens=prompt_tokens, page_tokens=16)
+    pairs = Pairs(ask, prefills, decodes or [D0], CostModel(cost))
+    return Decision(pairs, PairCost(cost, seed).choose(ask, pairs), "mainstem", cost.alpha)
 
 
 def test_the_holder_of_the_prefix_gets_the_request() -> None:
-    decision = decide([PrefillView(name="p0"), PrefillView(name="p1", held_pages=62)])
+    decision = decide([PrefillView(name="p0"), holding("p1", 62)])
 
     assert decision.prefill == "p1"
     assert decision.matched_tokens == 992  # 62 pages of 16
@@ -49,16 +54,16 @@ def test_the_holder_of_the_prefix_gets_the_request() -> None:
 
 
 def test_a_prefix_is_worth_four_times_its_seconds_of_waiting() -> None:
-    # 800 tokens cached save 4 * 0.8 s.
-    def busy(outstanding: int) -> PrefillView:
-        return PrefillView(name="p1", held_pages=50, outstanding_tokens=outstanding)
+    # 800 tokens cached save 4 * 0.8 s; equals within 5 % of 4 * 1.6 s are told apart by what they were sent lately.
+    def busy(wait_s: float) -> PrefillView:
+        return holding("p1", 50, wait_s=wait_s, recent_tokens=1.0)
 
-    assert decide([PrefillView(name="p0"), busy(2_700)]).prefill == "p1"
-    assert decide([PrefillView(name="p0"), busy(3_800)]).prefill == "p0"
+    assert decide([PrefillView(name="p0"), busy(2.8)]).prefill == "p1"
+    assert decide([PrefillView(name="p0"), busy(3.3)]).prefill == "p0"
 
 
 def test_a_long_queue_outweighs_the_cache_and_the_reason_says_so() -> None:
-    decision = decide([PrefillView(name="p0"), PrefillView(name="p1", held_pages=50, outstanding_tokens=30_000)])
+    decision = decide([PrefillView(name="p0"), holding("p1", 50, wait_s=30)])
 
     assert decision.prefill == "p0"
     assert decision.cache_choice == "p1"
@@ -66,11 +71,41 @@ def test_a_long_queue_outweighs_the_cache_and_the_reason_says_so() -> None:
     assert decision.reason == "load: p1 holds 800 tokens but would wait 30000 ms"
 
 
-def test_what_an_unsure_index_says_counts_half() -> None:
-    sure = PrefillView(name="p0", held_pages=30)
-    unsure = PrefillView(name="p1", held_pages=50, exact=False)
+def test_a_spill_goes_to_the_second_best_holder() -> None:
+    decision = decide([PrefillView(name="p0"), holding("p1", 50, wait_s=30), holding("p2", 40)])
 
-    assert decide([sure, unsure]).prefill == "p0"  # 480 against half of 800
+    assert decision.prefill == "p2"
+    assert decision.reason == "spill: holds 640 tokens, p1 holds 800 tokens but would wait 30000 ms"
+
+
+def test_the_reason_says_why_the_holder_did_not_get_the_request_where_nobody_would_wait() -> None:
+    unsure = decide([holding("p0", 40), holding("p1", 50, trust=0.5)])
+    model = CostModel(COST)
+    for _ in range(16):
+        for name, slower in (("p0", 1), ("p1", 30), ("p2", 1)):
+            model.learn_prefill(name, Work.of(1000, 1000), slower * 1.0)
+    ask = Ask(number=0, prompt_tokens=1600, page_tokens=16)
+    slow = PairCost(COST, 0).choose(ask, Pairs(ask, [PrefillView(name="p0"), holding("p1", 50)], [D0], model))
+
+    assert unsure.reason == "spill: holds 640 tokens, p1 holds 800 tokens but that is not sure"
+    assert slow.reason == "load: p1 holds 800 tokens but is slower"
+
+
+def test_what_an_unsure_index_says_counts_half_and_what_it_does_not_know_nothing() -> None:
+    sure = holding("p0", 30)
+
+    assert decide([sure, holding("p1", 50, trust=0.5)]).prefill == "p0"  # 480 against half of 800
+    assert decide([sure, holding("p1", 90, trust=0.5)]).prefill == "p1"
+    assert decide([sure, holding("p1", 90, trust=0.0)]).prefill == "p0"
+
+
+def test_pages_that_are_being_computed_count_like_held_ones() -> None:
+    computing = PrefillView(name="p1", held_pages=0, expected_pages=50, wait_s=0.8, recent_tokens=800.0)
+
+    decision = decide([PrefillView(name="p0"), computing])
+
+    assert (decision.prefill, decision.matched_tokens) == ("p1", 800)
+    assert [(one.prefill, one.expected_tokens) for one in decision.candidates] == [("p1", 800), ("p0", 0)]
 
 
 def test_the_engine_always_computes_the_last_token() -> None:
@@ -90,13 +125,20 @@ def test_idle_equals_are_filled_in_turn() -> None:
 
 
 def test_a_page_in_common_does_not_gather_all_requests() -> None:
-    # 16 of 1600 tokens are worth 1 % of the cost.
-    one_page = PrefillView(name="p0", held_pages=1, recent_tokens=1600)
+    # 16 of 1600 tokens are worth 1 % of the whole prompt.
+    one_page = holding("p0", 1, recent_tokens=1600)
 
     decision = decide([one_page, PrefillView(name="p1")])
 
     assert decision.prefill == "p1"
     assert decision.reason == "equals: sent the fewest tokens lately, the longest match is 16 tokens"
+
+
+def test_long_queues_do_not_make_a_good_match_an_equal() -> None:
+    # Both wait for a minute, of which 5 % is three seconds; the match saves 4 * 0.4.
+    decision = decide([holding("p0", 25, wait_s=60, recent_tokens=9), PrefillView(name="p1", wait_s=60)])
+
+    assert decision.prefill == "p0"
 
 
 def test_equals_in_everything_do_not_all_go_to_the_first_name() -> None:
@@ -119,6 +161,40 @@ def test_the_same_request_with_the_same_seed_goes_the_same_way() -> None:
     assert chosen(views, seed=7) != chosen(views, seed=8)
 
 
+def test_a_hot_prefix_is_copied_to_the_cheapest_worker_that_does_not_hold_it() -> None:
+    def with_users(users: int) -> Decision:
+        hot = holding("p0", 90, sharing_requests=users)
+        return decide([hot, PrefillView(name="p1", wait_s=1), PrefillView(name="p2", wait_s=0.5)])
+
+    assert with_users(2).prefill == "p0"
+    assert with_users(3).prefill == "p2"
+    assert with_users(3).reason == "copied: 3 requests use what 1 worker held"
+
+
+def test_two_holders_carry_twice_as_many_users_before_a_third_gets_a_copy() -> None:
+    def third(users: int) -> str:
+        hot = [holding("p0", 90, sharing_requests=users), holding("p1", 90, recent_tokens=1)]
+        return decide([*hot, PrefillView(name="p2")]).prefill
+
+    assert third(4) == "p0"
+    assert third(5) == "p2"
+
+
+def test_a_copy_that_is_not_worth_its_work_is_not_made() -> None:
+    # 1.6 s for each of three users is more than copy_s allows; for users enough it is not.
+    long = COST.model_copy(update={"copy_s": 0.5})
+
+    def decision(users: int) -> str:
+        return decide([holding("p0", 90, sharing_requests=users), PrefillView(name="p1")], cost=long).prefill
+
+    assert decision(3) == "p0"
+    assert decision(4) == "p1"
+
+
+def test_a_short_match_makes_nothing_hot() -> None:
+    assert decide([holding("p0", 40, sharing_requests=50), PrefillView(name="p1")]).prefill == "p0"
+
+
 def test_the_decode_worker_with_fewer_requests_is_taken() -> None:
     busy = DecodeView(name="d0", running_requests=60)
 
@@ -128,23 +204,17 @@ def test_the_decode_worker_with_fewer_requests_is_taken() -> None:
 def test_pages_that_decode_holds_are_not_transferred_again() -> None:
     slow = COST.model_copy(update={"handoff_bytes_per_s": 1000.0, "tie_fraction": 0.0})  # a second a page
 
-    decision = choose(
-        [PrefillView(name="p0")],
-        [D0, DecodeView(name="d1", held_pages=40, running_requests=3)],
-        prompt_tokens=1600,
-        page_tokens=16,
-        cost=slow,
-        seed=0,
-        number=0,
+    decision = decide(
+        [PrefillView(name="p0")], [D0, DecodeView(name="d1", held_pages=40, running_requests=3)], cost=slow
     )
 
     assert decision.decode == "d1"
-    assert [candidate.transfer_ms for candidate in decision.candidates] == [100_000, 60_000]
+    assert [candidate.transfer_ms for candidate in decision.candidates] == [60_000, 100_000]
 
 
 def test_the_terms_of_every_pair_are_reported_and_add_up() -> None:
     decision = decide(
-        [PrefillView(name="p0", outstanding_tokens=100), PrefillView(name="p1", held_pages=50)],
+        [PrefillView(name="p0", wait_s=0.1), holding("p1", 50)],
         [D0, DecodeView(name="d1", running_requests=2)],
     )
 
@@ -156,17 +226,21 @@ def test_the_terms_of_every_pair_are_reported_and_add_up() -> None:
     assert waits["p1", "d0"] == (0, 3200, 0)
 
 
-def test_a_worker_that_does_both_is_paired_with_itself_alone() -> None:
-    both = PrefillView(name="m0", alone=True), DecodeView(name="m0", alone=True)
+def test_of_thousands_of_pairs_the_cheapest_and_the_chosen_one_are_reported() -> None:
+    prefills = [PrefillView(name=f"p{number}", recent_tokens=100 - number) for number in range(64)]
+    decodes = [DecodeView(name=f"d{number}", inflight_tokens=100 - number) for number in range(64)]
 
-    decision = choose(
-        [both[0], PrefillView(name="p0", outstanding_tokens=90_000)],
-        [both[1], D0],
-        prompt_tokens=1600,
-        page_tokens=16,
-        cost=COST,
-        seed=0,
-        number=0,
+    decision = decide(prefills, decodes)
+
+    assert (decision.prefill, decision.decode) == ("p63", "d63")
+    assert len(decision.candidates) == SHOWN_CANDIDATES + 1
+    assert (decision.candidates[-1].prefill, decision.candidates[-1].decode) == ("p63", "d63")
+
+
+def test_a_worker_that_does_both_is_paired_with_itself_alone() -> None:
+    decision = decide(
+        [PrefillView(name="m0", alone=True), PrefillView(name="p0", wait_s=90)],
+        [DecodeView(name="m0", alone=True), D0],
     )
 
     assert (decision.prefill, decision.decode) == ("m0", "m0")
@@ -176,12 +250,5 @@ def test_a_worker_that_does_both_is_paired_with_itself_alone() -> None:
 def test_nobody_ready_is_said_with_numbers() -> None:
     with pytest.raises(NoWorker, match="0 can prefill, 1 can decode"):
         decide([], [D0])
-
-
-def test_a_token_costs_twice_as_much_at_the_halving_length() -> None:
-    config = COST.model_copy(update={"context_halving_tokens": 8000.0})
-
-    assert prefill_seconds(1, 8000, config) == pytest.approx(0.002, rel=1e-3)
-    whole = prefill_seconds(8000, 8000, config)
-    halves = prefill_seconds(4000, 4000, config) + prefill_seconds(4000, 8000, config)
-    assert whole == pytest.approx(halves)  # computing it in two parts costs the same
+    with pytest.raises(NoWorker, match="1 can prefill, 1 can decode"):
+        decide([PrefillView(name="p0")], [DecodeView(name="m0", alone=True)])

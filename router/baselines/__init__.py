@@ -1,0 +1,1 @@
+"""Policies of other routers, and simple ones, behind our protocol: for comparison, and to run in the shadow of ours."""

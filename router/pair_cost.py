@@ -1,0 +1,155 @@
+"""Our policy: the pair that costs the least, a hot prefix on as many workers as it needs.
+
+Pairs whose cost is above the least by no more than `tie_fraction` of what the whole prompt costs
+are equals: then the prefill worker that was sent the fewest uncached tokens lately gets the
+request, then the decode worker with the fewest tokens in flight, and then a hash of seed and
+request decides. So idle workers fill evenly, a page that all prompts share gathers nothing,
+and none gets more because of its name.
+
+A prefix is hot when more than `hot_requests` requests in flight begin with it, for each worker that
+holds it. The next such request goes to the cheapest worker that does not hold it, which is
+thereby made a holder: one worker's queue is not what the prefix's users wait for, and it does not
+die with one worker. The copy must be worth its work: `copy_s` seconds for each request that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import NamedTuple
+
+import xxhash
+
+from router.config import CostConfig
+from router.pairs import Pairs
+from router.policy import Ask, DecodeView, Pick, Policy, PrefillView
+
+HOT_SHARE = 0.5
+"""A match that is less of the prompt than this makes nothing hot: the prompt's own part matters more."""
+HOLDER_SHARE = 0.9
+"""Who holds so much of the longest match counts as a holder."""
+
+
+class _Heat(NamedTuple):
+    """How much a request's longest match is in use."""
+
+    requests: int
+    holders: int
+
+
+class PairCost(Policy):
+    """`mainstem`: see above. Deterministic in its inputs and its seed; it remembers nothing."""
+
+    name = "mainstem"
+
+    def __init__(self, config: CostConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+
+    def choose(self, ask: Ask, pairs: Pairs) -> Pick:
+        alpha = self._config.alpha
+        far_s = [pairs.decode_s(view) for view in pairs.prefills]
+        near_s = [
+            view.wait_s + alpha * prefill_s for view, prefill_s in zip(pairs.prefills, pairs.prefill_s, strict=True)
+        ]
+        cost_s = [near + min(far) for near, far in zip(near_s, far_s, strict=True)]
+        tolerance_s = self._config.tie_fraction * alpha * pairs.whole_prompt_s
+        reason = ""
+        heat = _heat(pairs)
+        if heat is not None and heat.requests > self._config.hot_requests * heat.holders:
+            copies_s = self._copies(pairs, cost_s, heat)
+            if min(copies_s) < inf:
+                cost_s = copies_s
+                reason = f"copied: {heat.requests} requests use what {_workers(heat.holders)} held"
+        bound_s = min(cost_s) + tolerance_s
+        tied = [row for row, cost in enumerate(cost_s) if cost <= bound_s]
+        prefill, decode = self._least(ask, pairs, tied, [bound_s - near_s[row] for row in tied], far_s)
+        return Pick(prefill, decode, reason or _reason(pairs, prefill, tied))
+
+    def _copies(self, pairs: Pairs, cost_s: Sequence[float], heat: _Heat) -> list[float]:
+        """The costs of those that do not hold the prefix and that a copy is worth its work on; of others infinite."""
+        short = HOLDER_SHARE * pairs.longest
+        affordable_s = self._config.copy_s * heat.requests
+        return [
+            cost if matched < short and prefill_s <= affordable_s else inf
+            for cost, matched, prefill_s in zip(cost_s, pairs.matched, pairs.prefill_s, strict=True)
+        ]
+
+    def _least(
+        self, ask: Ask, pairs: Pairs, tied: Sequence[int], left_s: Sequence[float], far_s: Sequence[Sequence[float]]
+    ) -> tuple[PrefillView, DecodeView]:
+        """Of equal pairs, the one that was given the least lately.
+
+        tied    prefill workers of equal pairs
+        left_s  for each of these, what its decode side may cost
+        """
+        if len(tied) > 1:
+            fewest = min(pairs.prefills[row].recent_tokens for row in tied)
+            kept = [place for place, row in enumerate(tied) if pairs.prefills[row].recent_tokens == fewest]
+        else:
+            kept = [0]
+        found = [
+            (pairs.prefills[tied[place]], decode)
+            for place in kept
+            for decode, seconds in zip(pairs.partners(pairs.prefills[tied[place]]), far_s[tied[place]], strict=True)
+            if seconds <= left_s[place] + _ROUNDING_S
+        ]
+        if len(found) > 1:
+            fewest_inflight = min(decode.inflight_tokens for _, decode in found)
+            found = [pair for pair in found if pair[1].inflight_tokens == fewest_inflight]
+        if len(found) == 1:
+            return found[0]
+
+        def drawn(pair: tuple[PrefillView, DecodeView]) -> int:
+            names = f"{self._seed}\0{ask.number}\0{pair[0].name}\0{pair[1].name}"
+            return xxhash.xxh3_64_intdigest(names.encode())
+
+        return min(found, key=drawn)
+
+
+_ROUNDING_S = 1e-9
+"""A sum and its parts differ by less than this."""
+
+
+def _heat(pairs: Pairs) -> _Heat | None:
+    """None where no match is long enough for its prompt."""
+    longest = pairs.longest
+    if not longest or longest < HOT_SHARE * pairs.ask.prompt_tokens:
+        return None
+    holders = [
+        view for view, matched in zip(pairs.prefills, pairs.matched, strict=True) if matched >= HOLDER_SHARE * longest
+    ]
+    return _Heat(sum(view.sharing_requests for view in holders), len(holders))
+
+
+def _reason(pairs: Pairs, chosen: PrefillView, tied: Sequence[int]) -> str:
+    held, most = pairs.matched_tokens(chosen), pairs.longest
+    if len(pairs.prefills) == 1:
+        return f"only prefill worker, holds {held} tokens"
+    if held and held >= most:
+        longer_s = chosen.wait_s - min(view.wait_s for view in pairs.prefills)
+        worth = f", worth waiting {longer_s * 1000:.0f} ms longer" if longer_s > 0 else ""
+        return f"cache: holds {held} tokens{worth}"
+    holder = pairs.matched.index(most)
+    if len(tied) > 1 and (not most or holder in tied):
+        return f"equals: sent the fewest tokens lately, the longest match is {most} tokens"
+    if held:
+        return f"spill: holds {held} tokens, {_not_taken(pairs.prefills[holder], most, chosen)}"
+    if most:
+        return f"load: {_not_taken(pairs.prefills[holder], most, chosen)}"
+    return "load: nobody holds this prefix"
+
+
+def _not_taken(view: PrefillView, tokens: int, chosen: PrefillView) -> str:
+    """Why the holder of the longest match did not get the request."""
+    if view.wait_s > chosen.wait_s:
+        why = f"would wait {view.wait_s * 1000:.0f} ms"
+    elif view.trust < chosen.trust:
+        why = "that is not sure"
+    else:
+        why = "is slower"
+    return f"{view.name} holds {tokens} tokens but {why}"
+
+
+def _workers(count: int) -> str:
+    return "1 worker" if count == 1 else f"{count} workers"

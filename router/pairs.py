@@ -1,0 +1,102 @@
+"""Every pair (prefill worker, decode worker) for one request, with the terms of its cost in seconds.
+
+    cost(p, d) = wait(p) + alpha * prefill(p) + transfer(p, d) + pressure(d)
+
+The terms are computed when somebody first asks: most baselines never do, and they are what a
+request's explanation shows whoever chose. Lists and not arrays: of a few dozen workers, making the
+arrays takes longer than the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from router.cost import CostModel
+from router.policy import Ask, DecodeView, NoWorker, PrefillView, usable_pages
+
+
+class Pairs:
+    """The workers that can take a request. Raises NoWorker where no two of them make a pair."""
+
+    def __init__(
+        self, ask: Ask, prefills: Sequence[PrefillView], decodes: Sequence[DecodeView], model: CostModel
+    ) -> None:
+        self.ask = ask
+        self._model = model
+        self._alone = {decode.name: decode for decode in decodes if decode.alone}
+        self.decodes = [decode for decode in decodes if not decode.alone] if self._alone else decodes
+        """Workers that decode what others prefill."""
+        self.prefills = [view for view in prefills if (view.name in self._alone if view.alone else self.decodes)]
+        if not self.prefills:
+            raise NoWorker(f"no pair of workers is ready: {len(prefills)} can prefill, {len(decodes)} can decode")
+
+    def partners(self, prefill: PrefillView) -> Sequence[DecodeView]:
+        """Decode workers that this prefill worker makes a pair with; at least one."""
+        return (self._alone[prefill.name],) if prefill.alone else self.decodes
+
+    def idlest_partner(self, prefill: PrefillView) -> DecodeView:
+        """The one with the fewest requests, then the fewest tokens; of equals, the first."""
+        return min(self.partners(prefill), key=lambda view: (view.running_requests, view.inflight_tokens))
+
+    def matched_tokens(self, prefill: PrefillView) -> int:
+        """Leading tokens of the prompt that this worker need not compute, or is computing for somebody else."""
+        ask = self.ask
+        pages = usable_pages(max(prefill.held_pages, prefill.expected_pages), ask.prompt_tokens, ask.page_tokens)
+        return pages * ask.page_tokens
+
+    @cached_property
+    def matched(self) -> list[int]:
+        """`matched_tokens` of every prefill worker."""
+        return [self.matched_tokens(view) for view in self.prefills]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest match."""
+        return max(self.matched)
+
+    @cached_property
+    def prefill_s(self) -> list[float]:
+        """By prefill worker, until the prompt is computed once begun. What the index is not sure of counts less."""
+        tokens, model = self.ask.prompt_tokens, self._model
+        return [
+            model.prefill_s(view.name, tokens - self._counted(view, matched), tokens)
+            for view, matched in zip(self.prefills, self.matched, strict=True)
+        ]
+
+    @cached_property
+    def whole_prompt_s(self) -> float:
+        """What the prompt would take a worker that holds nothing of it, at the fleet's usual speed."""
+        return self._model.prefill_s("", self.ask.prompt_tokens, self.ask.prompt_tokens)
+
+    def decode_s(self, prefill: PrefillView) -> Sequence[float]:
+        """What remains after the prefill, for each of its partners: transfer and pressure."""
+        if prefill.alone:
+            return (self.pressure_s(self._alone[prefill.name]),)
+        if self._model.knows_bandwidth(prefill.name):
+            return [self.transfer_s(prefill, view) + self.pressure_s(view) for view in self.decodes]
+        return self._usual_decode_s
+
+    def transfer_s(self, prefill: PrefillView, decode: DecodeView) -> float:
+        """To hand over what decode lacks."""
+        return 0.0 if prefill.alone else self._missing_pages(decode) * self._model.page_s(prefill.name, decode.name)
+
+    def pressure_s(self, decode: DecodeView) -> float:
+        """What this request costs those that decode there."""
+        return self._model.pressure_s(decode.running_requests)
+
+    @cached_property
+    def _usual_decode_s(self) -> list[float]:
+        """`decode_s` where no bandwidth of the prefill worker's own is known."""
+        page_s = self._model.page_s("", "")
+        return [self._missing_pages(view) * page_s + self.pressure_s(view) for view in self.decodes]
+
+    def _missing_pages(self, decode: DecodeView) -> int:
+        return max(0, -(-self.ask.prompt_tokens // self.ask.page_tokens) - decode.held_pages)
+
+    def _counted(self, view: PrefillView, matched: int) -> float:
+        if view.trust == 1.0 or not matched:
+            return matched
+        if view.expected_pages > view.held_pages:
+            return matched if view.trust else 0
+        return matched * view.trust
