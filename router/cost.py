@@ -15,15 +15,15 @@ The configured constants are where learning begins (`router.fit`), not where it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from router.bandwidths import Bandwidths, Floats
 from router.config import CostConfig
 from router.fit import RobustFit, RobustMean
 
 KILO = 1e3
 """Features are in thousands of tokens, and thousands squared, so that all are of a size."""
-_NOTHING: dict[str, RobustMean] = {}
 MAX_SPEED = 8.0
 """No worker is believed to be so many times slower or faster than its fleet."""
 SETTLED = 8
@@ -64,19 +64,30 @@ class CostModel:
         prior = (config.prefill_overhead_s, rate, rate * KILO / config.context_halving_tokens)
         self._prefill = RobustFit(prior, [Work.of(tokens, tokens).features() for tokens in (1, 1000, 8000)])
         self._speed: dict[str, RobustMean] = {}
-        self._transfer: dict[str, dict[str, RobustMean]] = {}
-        """Seconds a byte, by prefill and decode worker."""
+        self._slowness: dict[str, float] = {}
+        """What follows from these, within bounds."""
         self._decode = RobustFit((0.0, config.decode_request_s), [(1.0, 1.0), (1.0, 16.0)])
-        self._usual_transfer = RobustMean(1 / config.handoff_bytes_per_s)
+        self._bandwidths = Bandwidths(1 / config.handoff_bytes_per_s)
 
     # What is expected.
 
     def prefill_s(self, worker: str, uncached_tokens: float, context_tokens: int) -> float:
         """One prefill of the last `uncached_tokens` of a prompt of `context_tokens`, alone on this worker."""
+        return self.prefills_s([worker], [uncached_tokens], context_tokens)[0]
+
+    def prefills_s(self, workers: Sequence[str], uncached_tokens: Sequence[float], context_tokens: int) -> list[float]:
+        """`prefill_s` of the same prompt on each of these workers, which lack so much of it."""
         overhead_s, per_kilo_s, per_attended_s = self._prefill.constants
-        kilo = uncached_tokens / KILO
-        attended = kilo * (context_tokens - uncached_tokens / 2) / KILO
-        return self._slowness(worker) * (overhead_s + kilo * per_kilo_s + attended * per_attended_s)
+        # Of one uncached token, and of one times itself: a choice asks for many workers at once.
+        first_s = per_kilo_s / KILO + context_tokens * per_attended_s / KILO**2
+        square_s = per_attended_s / (2 * KILO**2)
+        slowness = self._slowness
+        if not slowness:
+            return [overhead_s + tokens * (first_s - tokens * square_s) for tokens in uncached_tokens]
+        return [
+            slowness.get(worker, 1.0) * (overhead_s + tokens * (first_s - tokens * square_s))
+            for worker, tokens in zip(workers, uncached_tokens, strict=True)
+        ]
 
     def tokens_in(self, seconds: float) -> int:
         """Tokens that a worker computes in so long, at the start of a prompt."""
@@ -87,24 +98,25 @@ class CostModel:
         """Several, one after the other."""
         overhead_s, per_kilo_s, per_attended_s = self._prefill.constants
         requests, kilo, attended = work.features()
-        return self._slowness(worker) * (requests * overhead_s + kilo * per_kilo_s + attended * per_attended_s)
+        slowness = self._slowness.get(worker, 1.0)
+        return slowness * (requests * overhead_s + kilo * per_kilo_s + attended * per_attended_s)
 
-    def knows_bandwidth(self, prefill: str) -> bool:
-        """Whether any hand-off of this prefill worker was measured."""
-        return prefill in self._transfer
+    @property
+    def knows_bandwidths(self) -> bool:
+        """Whether any hand-off was measured."""
+        return bool(self._bandwidths)
 
     def page_s(self, prefill: str, decode: str) -> float:
         """Handing one page over from one to the other."""
-        found = self._transfer.get(prefill, _NOTHING).get(decode)
-        return self.config.page_bytes * (self._usual_transfer if found is None else found).value
+        return self.config.page_bytes * self._bandwidths.byte_s(prefill, decode)
+
+    def pages_s(self, prefills: Sequence[str], decodes: Sequence[str]) -> Floats:
+        """`page_s` of every pair. Shape: (prefills, decodes)."""
+        return self.config.page_bytes * self._bandwidths.bytes_s(prefills, decodes)
 
     def pressure_s(self, running_requests: int) -> float:
         """What one more request costs those that decode there."""
         return running_requests * self._decode.constants[1]
-
-    def _slowness(self, worker: str) -> float:
-        found = self._speed.get(worker)
-        return 1.0 if found is None else min(MAX_SPEED, max(1 / MAX_SPEED, found.value))
 
     # What was found.
 
@@ -113,21 +125,17 @@ class CostModel:
         if not self.config.learn or seconds <= 0:
             return
         if self.observed_prefills >= SETTLED:
-            if worker not in self._speed:
-                self._speed[worker] = RobustMean(1.0)
+            speed = self._speed.setdefault(worker, RobustMean(1.0))
             # Not the other way round as well: two scales that correct each other drift off together.
-            self._speed[worker].learn(seconds * self._slowness(worker) / self.work_s(worker, work))
+            speed.learn(seconds * self._slowness.get(worker, 1.0) / self.work_s(worker, work))
+            self._slowness[worker] = min(MAX_SPEED, max(1 / MAX_SPEED, speed.value))
         self._prefill.learn(work.features(), seconds)
 
     def learn_transfer(self, prefill: str, decode: str, moved_bytes: int, seconds: float) -> None:
         """So many bytes took so long between this pair."""
         if not self.config.learn or seconds <= 0 or moved_bytes <= 0:
             return
-        pairs = self._transfer.setdefault(prefill, {})
-        if decode not in pairs:
-            pairs[decode] = RobustMean(self._usual_transfer.value)
-        pairs[decode].learn(seconds / moved_bytes)
-        self._usual_transfer.learn(seconds / moved_bytes)
+        self._bandwidths.learn(prefill, decode, seconds / moved_bytes)
 
     def learn_decode(self, running_requests: int, itl_s: float, tokens: int) -> None:
         """A request that decoded beside so many others had its `tokens` so far apart."""
@@ -139,9 +147,8 @@ class CostModel:
     def forget(self, worker: str) -> None:
         """Another worker may take this name."""
         self._speed.pop(worker, None)
-        self._transfer.pop(worker, None)
-        for pairs in self._transfer.values():
-            pairs.pop(worker, None)
+        self._slowness.pop(worker, None)
+        self._bandwidths.forget(worker)
 
     # What is shown.
 
@@ -151,20 +158,16 @@ class CostModel:
         yield "prefill_overhead_s", overhead_s
         yield "prefill_tokens_per_s", KILO / per_kilo_s if per_kilo_s else float("inf")
         yield "context_halving_tokens", KILO * per_kilo_s / per_attended_s if per_attended_s else float("inf")
-        yield "handoff_bytes_per_s", 1 / self._usual_transfer.value
+        yield "handoff_bytes_per_s", 1 / self._bandwidths.usual_s
         yield "decode_request_s", self._decode.constants[1]
 
     def slowness(self) -> Iterator[tuple[str, float]]:
         """(worker, its seconds over the fleet's for the same work)."""
-        return ((worker, self._slowness(worker)) for worker in self._speed)
+        return iter(self._slowness.items())
 
     def bandwidths(self) -> Iterator[tuple[str, str, float]]:
         """(prefill worker, decode worker, bytes a second)."""
-        return (
-            (prefill, decode, 1 / mean.value)
-            for prefill, pairs in self._transfer.items()
-            for decode, mean in pairs.items()
-        )
+        return ((prefill, decode, 1 / byte_s) for prefill, decode, byte_s in self._bandwidths)
 
     @property
     def observed_prefills(self) -> int:

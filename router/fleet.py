@@ -15,7 +15,7 @@ a moment, and is taken only where nobody else is left.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -68,7 +68,7 @@ class Recent:
         self.tokens, self.at_s = self.at(now_s) + tokens, now_s
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Worker:
     """One worker, in its present epoch."""
 
@@ -141,6 +141,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
+        self._by_name: list[Worker] = []
+        """The same workers, sorted."""
         self._left: dict[str, tuple[int, float]] = {}
         """By name, the last epoch that said goodbye and when, the latest goodbye last."""
 
@@ -166,7 +168,7 @@ class Fleet:
             return Change.STALE
         left_epoch, _ = self._left.get(registration.worker, (-1, 0.0))
         if registration.leaving:
-            self._workers.pop(registration.worker, None)
+            self._take_out(registration.worker)
             self._note_left(registration.worker, max(registration.epoch, left_epoch), now_s)
             return Change.LEFT
         if registration.epoch <= left_epoch:
@@ -176,12 +178,18 @@ class Fleet:
             if known is not None:
                 worker.requests, worker.recent = known.requests, known.recent
             self._workers[registration.worker] = worker
+            self._by_name = [self._workers[name] for name in sorted(self._workers)]
             return Change.NEW if known is None else Change.REPLACED
         known.registration, known.seen_s = registration, now_s
         if known.lost:
             known.lost = False
             return Change.BACK
         return Change.RENEWED
+
+    def _take_out(self, name: str) -> None:
+        worker = self._workers.pop(name, None)
+        if worker is not None:
+            self._by_name.remove(worker)
 
     def _note_left(self, name: str, epoch: int, now_s: float) -> None:
         self._left.pop(name, None)
@@ -198,7 +206,7 @@ class Fleet:
                 worker.lost, worker.mode = True, FeedMode.LOAD_ONLY
                 lost.append(worker.name)
             elif worker.lost and silent_s > worker.registration.lease_s + FORGET_S:
-                del self._workers[worker.name]
+                self._take_out(worker.name)
         self._left = {name: left for name, left in self._left.items() if now_s - left[1] <= FORGET_S}
         return lost
 
@@ -207,17 +215,22 @@ class Fleet:
         if name in self._workers:
             self._workers[name].suspect_until_s = now_s + SUSPECT_S
 
-    def candidates(self, roles: Iterable[Role], now_s: float) -> list[Worker]:
-        """Workers of these roles that take requests, by name; suspects only where there is nobody else."""
-        wanted = set(roles)
-        ready = [
-            self._workers[name]
-            for name in sorted(self._workers)
-            if self._workers[name].role in wanted
-            and not self._workers[name].lost
-            and self._workers[name].registration.state == "ready"
-        ]
-        return [worker for worker in ready if now_s >= worker.suspect_until_s] or ready
+    def candidates(self, now_s: float) -> tuple[list[Worker], list[Worker]]:
+        """Workers that take requests, by name: those that prefill, and those that decode.
+
+        Suspects are among them only where there is nobody else.
+        """
+        prefills: list[Worker] = []
+        decodes: list[Worker] = []
+        for worker in self._by_name:
+            registration = worker.registration
+            if worker.lost or registration.state != "ready":
+                continue
+            if registration.role != "decode":
+                prefills.append(worker)
+            if registration.role != "prefill":
+                decodes.append(worker)
+        return _unsuspected(prefills, now_s), _unsuspected(decodes, now_s)
 
     def dispatch(
         self, prefill: str, decode: str, prompt_tokens: int, uncached_tokens: int, prefill_s: float, now_s: float
@@ -264,3 +277,7 @@ class Fleet:
         ticket.decoding = False
         ticket.decode.inflight_tokens -= ticket.prompt_tokens
         ticket.decode.inflight_requests -= 1
+
+
+def _unsuspected(workers: list[Worker], now_s: float) -> list[Worker]:
+    return [worker for worker in workers if now_s >= worker.suspect_until_s] or workers

@@ -48,11 +48,10 @@ class PairCost(Policy):
 
     def choose(self, ask: Ask, pairs: Pairs) -> Pick:
         alpha = self._config.alpha
-        far_s = [pairs.decode_s(view) for view in pairs.prefills]
         near_s = [
             view.wait_s + alpha * prefill_s for view, prefill_s in zip(pairs.prefills, pairs.prefill_s, strict=True)
         ]
-        cost_s = [near + min(far) for near, far in zip(near_s, far_s, strict=True)]
+        cost_s = [near + far for near, far in zip(near_s, pairs.least_decode_s, strict=True)]
         tolerance_s = self._config.tie_fraction * alpha * pairs.whole_prompt_s
         reason = ""
         heat = _heat(pairs)
@@ -63,7 +62,7 @@ class PairCost(Policy):
                 reason = f"copied: {heat.requests} requests use what {_workers(heat.holders)} held"
         bound_s = min(cost_s) + tolerance_s
         tied = [row for row, cost in enumerate(cost_s) if cost <= bound_s]
-        prefill, decode = self._least(ask, pairs, tied, [bound_s - near_s[row] for row in tied], far_s)
+        prefill, decode = self._least(ask, pairs, tied, [bound_s - near_s[row] for row in tied])
         return Pick(prefill, decode, reason or _reason(pairs, prefill, tied))
 
     def _copies(self, pairs: Pairs, cost_s: Sequence[float], heat: _Heat) -> list[float]:
@@ -76,7 +75,7 @@ class PairCost(Policy):
         ]
 
     def _least(
-        self, ask: Ask, pairs: Pairs, tied: Sequence[int], left_s: Sequence[float], far_s: Sequence[Sequence[float]]
+        self, ask: Ask, pairs: Pairs, tied: Sequence[int], left_s: Sequence[float]
     ) -> tuple[PrefillView, DecodeView]:
         """Of equal pairs, the one that was given the least lately.
 
@@ -89,22 +88,18 @@ class PairCost(Policy):
         else:
             kept = [0]
         found = [
-            (pairs.prefills[tied[place]], decode)
-            for place in kept
-            for decode, seconds in zip(pairs.partners(pairs.prefills[tied[place]]), far_s[tied[place]], strict=True)
+            (view, decode)
+            for place, view in ((place, pairs.prefills[tied[place]]) for place in kept)
+            for decode, seconds in zip(pairs.partners(view), pairs.decode_s(view), strict=True)
             if seconds <= left_s[place] + _ROUNDING_S
         ]
         if len(found) > 1:
             fewest_inflight = min(decode.inflight_tokens for _, decode in found)
             found = [pair for pair in found if pair[1].inflight_tokens == fewest_inflight]
-        if len(found) == 1:
-            return found[0]
-
-        def drawn(pair: tuple[PrefillView, DecodeView]) -> int:
-            names = f"{self._seed}\0{ask.number}\0{pair[0].name}\0{pair[1].name}"
-            return xxhash.xxh3_64_intdigest(names.encode())
-
-        return min(found, key=drawn)
+        if len(found) > 1:
+            found.sort(key=lambda pair: (pair[0].name, pair[1].name))
+            return found[xxhash.xxh3_64_intdigest(f"{self._seed}\0{ask.number}".encode()) % len(found)]
+        return found[0]
 
 
 _ROUNDING_S = 1e-9

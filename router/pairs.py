@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
+
+from router.bandwidths import Floats
 from router.cost import CostModel
 from router.policy import Ask, DecodeView, NoWorker, PrefillView, usable_pages
 
@@ -48,7 +51,9 @@ class Pairs:
     @cached_property
     def matched(self) -> list[int]:
         """`matched_tokens` of every prefill worker."""
-        return [self.matched_tokens(view) for view in self.prefills]
+        page_tokens = self.ask.page_tokens
+        usable = (self.ask.prompt_tokens - 1) // page_tokens
+        return [page_tokens * max(0, min(usable, max(view.held_pages, view.expected_pages))) for view in self.prefills]
 
     @cached_property
     def longest(self) -> int:
@@ -58,11 +63,12 @@ class Pairs:
     @cached_property
     def prefill_s(self) -> list[float]:
         """By prefill worker, until the prompt is computed once begun. What the index is not sure of counts less."""
-        tokens, model = self.ask.prompt_tokens, self._model
-        return [
-            model.prefill_s(view.name, tokens - self._counted(view, matched), tokens)
+        tokens = self.ask.prompt_tokens
+        lacking = [
+            tokens - (matched if view.trust == 1.0 else self._counted(view, matched))
             for view, matched in zip(self.prefills, self.matched, strict=True)
         ]
+        return self._model.prefills_s([view.name for view in self.prefills], lacking, tokens)
 
     @cached_property
     def whole_prompt_s(self) -> float:
@@ -73,9 +79,24 @@ class Pairs:
         """What remains after the prefill, for each of its partners: transfer and pressure."""
         if prefill.alone:
             return (self.pressure_s(self._alone[prefill.name]),)
-        if self._model.knows_bandwidth(prefill.name):
-            return [self.transfer_s(prefill, view) + self.pressure_s(view) for view in self.decodes]
+        if self._model.knows_bandwidths:
+            row: list[float] = self._decode_s[self._apart.index(prefill.name)].tolist()
+            return row
         return self._usual_decode_s
+
+    @cached_property
+    def least_decode_s(self) -> list[float]:
+        """By prefill worker, the least of its `decode_s`."""
+        if not self._apart:
+            return [self.pressure_s(self._alone[view.name]) for view in self.prefills]
+        if self._model.knows_bandwidths:
+            apart: list[float] = self._decode_s.min(axis=1).tolist()
+        else:
+            apart = [min(self._usual_decode_s)] * len(self._apart)
+        if not self._alone:
+            return apart
+        least = iter(apart)
+        return [self.pressure_s(self._alone[view.name]) if view.alone else next(least) for view in self.prefills]
 
     def transfer_s(self, prefill: PrefillView, decode: DecodeView) -> float:
         """To hand over what decode lacks."""
@@ -86,13 +107,31 @@ class Pairs:
         return self._model.pressure_s(decode.running_requests)
 
     @cached_property
+    def _apart(self) -> list[str]:
+        """Prefill workers that hand over."""
+        return [view.name for view in self.prefills if not view.alone]
+
+    @cached_property
+    def _decode_s(self) -> Floats:
+        """`decode_s` of those. Shape: (prefill, decode)."""
+        missing_pages = np.array([self._missing_pages(view) for view in self.decodes], float)
+        pressure_s = np.array([self.pressure_s(view) for view in self.decodes])
+        page_s = self._model.pages_s(self._apart, [view.name for view in self.decodes])
+        found: Floats = page_s * missing_pages + pressure_s
+        return found
+
+    @cached_property
     def _usual_decode_s(self) -> list[float]:
-        """`decode_s` where no bandwidth of the prefill worker's own is known."""
+        """`decode_s` of each of those, while no bandwidth is known."""
         page_s = self._model.page_s("", "")
         return [self._missing_pages(view) * page_s + self.pressure_s(view) for view in self.decodes]
 
+    @cached_property
+    def _prompt_pages(self) -> int:
+        return -(-self.ask.prompt_tokens // self.ask.page_tokens)
+
     def _missing_pages(self, decode: DecodeView) -> int:
-        return max(0, -(-self.ask.prompt_tokens // self.ask.page_tokens) - decode.held_pages)
+        return max(0, self._prompt_pages - decode.held_pages)
 
     def _counted(self, view: PrefillView, matched: int) -> float:
         if view.trust == 1.0 or not matched:

@@ -73,12 +73,14 @@ class PaperFleet:
     def place(self, ask: Ask, capacities: Mapping[str, int]) -> Placed:
         """Where the policy puts this request, and what comes of it. Time must not run backwards.
 
-        capacities  KV tokens by worker: those that take requests now
+        capacities  KV tokens by worker: those that take requests now. Others keep what they hold.
         """
-        self._follow(capacities, ask.page_tokens)
+        for name, tokens in capacities.items():
+            if name not in self._workers:
+                self._workers[name] = _Worker(name, tokens, PageLru(max(1, tokens // ask.page_tokens)))
         for worker in self._workers.values():
             self._advance(worker, ask.now_s)
-        prefills = [self._prefill_view(worker, ask) for worker in self._workers.values()]
+        prefills = [self._prefill_view(self._workers[name], ask) for name in sorted(capacities)]
         pick = self.policy.choose(ask, Pairs(ask, prefills, [_NOBODY], self._model))
         return self._send(ask, pick.prefill)
 
@@ -100,16 +102,13 @@ class PaperFleet:
         self.policy.sent(ask, worker.name, _NOBODY.name)
         return Placed(worker.name, cached_tokens, begins_s, worker.free_at_s)
 
-    def _follow(self, capacities: Mapping[str, int], page_tokens: int) -> None:
-        if self._workers.keys() == capacities.keys():
-            return
-        for name in self._workers.keys() - capacities.keys():
-            self._advance(self._workers.pop(name), inf)
+    def lost(self, name: str) -> None:
+        """The worker is gone or begins a new life: what it held is gone, and its requests are over."""
+        worker = self._workers.pop(name, None)
+        if worker is not None:
+            self._advance(worker, inf)
             self._expected.forget(name)
             self.policy.lost(name)
-        for name in sorted(capacities.keys() - self._workers.keys()):
-            tokens = capacities[name]
-            self._workers[name] = _Worker(name, tokens, PageLru(max(1, tokens // page_tokens)))
 
     def _advance(self, worker: _Worker, now_s: float) -> None:
         while worker.queue and worker.queue[0][0] <= now_s:

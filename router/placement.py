@@ -26,8 +26,8 @@ from router.policy import Ask, DecodeView, Policy, PrefillView
 from router.shadow import Shadows
 from transfer.ended import Ended
 
-TRUST = {FeedMode.EXACT: 1.0, FeedMode.APPROXIMATE: 0.5}
-"""What a page is worth that a worker is said to hold; in any other mode, nothing."""
+APPROXIMATE_TRUST = 0.5
+"""What a page is worth that a worker may hold."""
 STRETCH_REQUESTS = 8
 """A worker's time is compared with its work when it becomes idle, or after so many prefills: of a
 few in a row, one's time holds a part of the next one's work, as they are computed in chunks together."""
@@ -170,6 +170,7 @@ class Placement:
         """The worker is gone or begins a new life: nothing is expected of it."""
         self.expected.forget(worker)
         self.policy.lost(worker)
+        self.shadows.lost(worker)
         self.model.forget(worker)
         self._stretches.pop(worker, None)
         self._unsure.discard(worker)
@@ -179,6 +180,9 @@ class Placement:
         self.policy.prefilled(flight.number)
 
     def _learn(self, worker: Worker, work: Work, seconds: float) -> None:
+        if self._fleet.get(worker.name) is not worker:
+            # Its last life has ended since, and that says nothing of the present one.
+            return
         if worker.name in self._unsure:
             self._unsure.discard(worker.name)
             return
@@ -191,32 +195,41 @@ class Placement:
         del self._stretches[worker.name]
 
     def _prefill_view(self, worker: Worker, held_pages: int, ids: Sequence[int], now_s: float) -> PrefillView:
-        trust = TRUST.get(worker.mode, 0.0)
-        known_pages = held_pages if trust else 0
-        expected_pages = self.expected.pages(worker.name, ids, known_pages)
-        elsewhere = worker.elsewhere
+        registration, elsewhere = worker.registration, worker.elsewhere
+        name, trust = registration.worker, _trust(worker.mode)
+        if not trust:
+            held_pages = 0
+        expected_pages = self.expected.pages(name, ids, held_pages)
         return PrefillView(
-            name=worker.name,
+            name=name,
             held_pages=held_pages,
             expected_pages=expected_pages,
-            sharing_requests=self.expected.sharing(worker.name, ids[expected_pages - 1]) if expected_pages else 0,
+            sharing_requests=self.expected.sharing(name, ids[expected_pages - 1]) if expected_pages else 0,
             trust=trust,
             wait_s=worker.wait_s(now_s) + elsewhere.outstanding_s,
             outstanding_tokens=worker.outstanding_uncached_tokens + elsewhere.outstanding_tokens,
             outstanding_requests=worker.outstanding_prefills + elsewhere.outstanding_requests,
             inflight_requests=worker.inflight_requests + elsewhere.inflight_requests,
             recent_tokens=worker.recent.at(now_s),
-            capacity_tokens=worker.registration.capacity_tokens,
-            alone=worker.role == "both",
+            capacity_tokens=registration.capacity_tokens,
+            alone=registration.role == "both",
         )
 
 
 def _decode_view(worker: Worker, held_pages: int) -> DecodeView:
+    registration = worker.registration
     return DecodeView(
-        name=worker.name,
+        name=registration.worker,
         held_pages=held_pages,
         running_requests=worker.running_requests,
         inflight_tokens=worker.inflight_tokens + worker.elsewhere.inflight_tokens,
-        capacity_tokens=worker.registration.capacity_tokens,
-        alone=worker.role == "both",
+        capacity_tokens=registration.capacity_tokens,
+        alone=registration.role == "both",
     )
+
+
+def _trust(mode: FeedMode) -> float:
+    """What a page is worth that a worker is said to hold."""
+    if mode is FeedMode.EXACT:
+        return 1.0
+    return APPROXIMATE_TRUST if mode is FeedMode.APPROXIMATE else 0.0

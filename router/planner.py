@@ -68,8 +68,7 @@ class Planner:
 
     def plan(self, request: ClientRequest, prompt: Prompt, now_s: float) -> Plan:
         """Chooses the pair. Raises policy.NoWorker, ApiError where the prompt is too long for it."""
-        prefills = self._fleet.candidates(("prefill", "both"), now_s)
-        decodes = self._fleet.candidates(("decode", "both"), now_s)
+        prefills, decodes = self._fleet.candidates(now_s)
         pages, held = self._held(request.salt, prompt, [*prefills, *decodes])
         decision = self._placement.choose(
             prefills,

@@ -34,3 +34,8 @@ class Shadows:
         capacities = {view.name: view.capacity_tokens for view in prefills}
         for fleet in self._fleets:
             fleet.place(ask, capacities)
+
+    def lost(self, worker: str) -> None:
+        """The worker is gone or begins a new life."""
+        for fleet in self._fleets:
+            fleet.lost(worker)

@@ -45,8 +45,9 @@ def chain_ids(parent: int, tokens: Sequence[int], page_tokens: int) -> list[int]
     """
     if page_tokens < 1:
         raise ValueError(f"page_tokens: wanted at least 1, found {page_tokens}")
-    whole = len(tokens) // page_tokens * page_tokens
-    pages = struct.iter_unpack(f"{4 * page_tokens}s", array("I", tokens[:whole]).tobytes())
+    page_bytes = 4 * page_tokens
+    packed = array("I", tokens).tobytes()
+    pages = struct.iter_unpack(f"{page_bytes}s", memoryview(packed)[: len(packed) // page_bytes * page_bytes])
     # What is hashed, in one piece: joining parent and page for each page would take as long as hashing it.
     hashed = struct.Struct(f"<Q{4 * page_tokens}s").pack
     digest = xxhash.xxh3_64_intdigest

@@ -52,9 +52,10 @@ class VirtualRouter:
 
         held  pages that the workers hold, where somebody knows better than the index
         """
+        prefills, decodes = self.fleet.candidates(now_s)
         return self.placement.choose(
-            self.fleet.candidates(("prefill", "both"), now_s),
-            self.fleet.candidates(("decode", "both"), now_s),
+            prefills,
+            decodes,
             self.index.match(turn.ids) if held is None else held,
             turn.ids,
             turn.prompt_tokens,

@@ -44,12 +44,12 @@ class PrefixHash(Policy):
         total = sum(view.inflight_requests for view in pairs.prefills)
         bound = self._load_factor * (total + 1) / len(pairs.prefills)
         if not total or prefill.inflight_requests <= bound:
-            return Pick(prefill, pairs.idlest_partner(prefill), f"prefix {key:016x}")
+            return Pick(prefill, pairs.idlest_partner(prefill), f"hash: the ring gives {key:016x} to it")
         idlest = min(
             pairs.prefills,
             key=lambda view: (view.inflight_requests, chance(self._seed, ask.number, view.name)),
         )
-        return Pick(idlest, pairs.idlest_partner(idlest), f"{owner} has more than {bound:.1f} requests")
+        return Pick(idlest, pairs.idlest_partner(idlest), f"spill: {owner} has more than {bound:.1f} requests")
 
     def _ring_of(self, names: tuple[str, ...]) -> HashRing:
         if self._ring is None or names != self._names:

@@ -115,8 +115,7 @@ def test_bandwidth_is_learned_for_each_pair_and_strangers_are_expected_to_be_usu
     assert model.page_s("p0", "d0") == pytest.approx(0.01)
     assert model.page_s("p1", "d0") == pytest.approx(0.0001)
     assert model.page_s("p9", "d9") == pytest.approx(0.0001)
-    assert model.knows_bandwidth("p0")
-    assert not model.knows_bandwidth("p9")
+    assert model.knows_bandwidths
     assert {(prefill, decode): rate for prefill, decode, rate in model.bandwidths()} == pytest.approx(
         {("p0", "d0"): 1e8, ("p1", "d0"): 1e10, ("p1", "d1"): 1e10}
     )
@@ -141,7 +140,6 @@ def test_a_name_that_is_forgotten_begins_anew() -> None:
 
     assert "p2" not in dict(model.slowness())
     assert model.prefill_s("p2", 1000, 1000) == model.prefill_s("", 1000, 1000)
-    assert not model.knows_bandwidth("p2")
     assert [(prefill, decode) for prefill, decode, _ in model.bandwidths()] == [("p0", "d0")]
 
 

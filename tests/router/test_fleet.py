@@ -37,7 +37,7 @@ def fleet() -> Fleet:
 
 
 def names(fleet: Fleet, now_s: float) -> list[str]:
-    return [worker.name for worker in fleet.candidates(["prefill", "both"], now_s)]
+    return [worker.name for worker in fleet.candidates(now_s)[0]]
 
 
 def test_a_worker_whose_lease_ran_out_is_lost_once_and_comes_back_with_the_next_renewal(fleet: Fleet) -> None:

@@ -58,10 +58,22 @@ def test_a_worker_that_is_gone_leaves_no_requests_behind_and_comes_back_empty() 
     ids = tuple(range(10))
     for number in range(6):
         fleet.place(ask(number, ids), CAPACITIES)
+    for name in CAPACITIES:
+        fleet.lost(name)
     fleet.place(ask(6, (50,), 0.0), {"p2": 16_000})
     assert len(fleet._expected) == 1
 
     assert fleet.place(ask(7, ids, 9.0), {"p0": 16_000}).cached_tokens == 0
+
+
+def test_a_worker_that_takes_no_requests_for_a_while_keeps_what_it_held() -> None:
+    fleet = PaperFleet(make_policy("longest_prefix", COST, 0), CostModel(COST))
+    ids = tuple(range(10))
+    held_by = fleet.place(ask(0, ids), CAPACITIES).worker
+    other = {name: tokens for name, tokens in CAPACITIES.items() if name != held_by}
+
+    assert fleet.place(ask(1, ids, 9.0), other).worker != held_by
+    assert fleet.place(ask(2, (*ids, 77), 18.0), {held_by: 16_000}).cached_tokens == 160
 
 
 def test_shadows_report_hits_and_imbalance_of_each_policy() -> None:

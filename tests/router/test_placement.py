@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from router.config import CostConfig, RouterSection
@@ -43,8 +44,7 @@ class Router:
         self.placement = Placement(RouterSection(cost=COST), self.fleet)
 
     def send(self, now_s: float, ids: tuple[int, ...] = IDS) -> Flight:
-        prefills = self.fleet.candidates(["prefill"], now_s)
-        decodes = self.fleet.candidates(["decode"], now_s)
+        prefills, decodes = self.fleet.candidates(now_s)
         tokens = 16 * len(ids)
         decision = self.placement.choose(prefills, decodes, {}, ids, tokens, 16, "", now_s)
         return self.placement.send(decision, ids, now_s)
@@ -128,3 +128,15 @@ def test_a_lost_worker_leaves_nothing_behind() -> None:
 
     router.placement.ended(flight, 0.2)
     assert router.send(0.3).decision.matched_tokens > 0  # of the second, which is in flight
+
+
+def test_a_prefill_of_an_ended_life_teaches_nothing_of_the_next_one() -> None:
+    router = Router("p0")
+    late = router.send(0)
+    router.fleet.register(msgspec.structs.replace(registration("p0", "prefill"), epoch=2), 1)
+    router.placement.lost("p0")
+    router.placement.prefilled(late, 50)
+    assert router.placement.model.observed_prefills == 0
+
+    router.placement.prefilled(router.send(60), 61)
+    assert router.placement.model.observed_prefills == 1

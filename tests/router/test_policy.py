@@ -94,7 +94,7 @@ def test_the_reason_says_why_the_holder_did_not_get_the_request_where_nobody_wou
 def test_what_an_unsure_index_says_counts_half_and_what_it_does_not_know_nothing() -> None:
     sure = holding("p0", 30)
 
-    assert decide([sure, holding("p1", 50, trust=0.5)]).prefill == "p0"  # 480 against half of 800
+    assert decide([sure, holding("p1", 48, trust=0.5)]).prefill == "p0"  # 480 against half of 768
     assert decide([sure, holding("p1", 90, trust=0.5)]).prefill == "p1"
     assert decide([sure, holding("p1", 90, trust=0.0)]).prefill == "p0"
 
