@@ -20,7 +20,7 @@ import numpy.typing as npt
 WINDOW = 256
 """Observations that are remembered."""
 EVERY = 64
-"""Observations between two fits, once there are many. A fit takes a millisecond."""
+"""Observations between two fits, once there are many. A fit takes a few milliseconds."""
 ROUNDS = 8
 """Of weighing anew."""
 HUBER = 1.5
