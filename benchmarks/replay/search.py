@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-STEP = 1.15
-"""From one try to the next while only one side of the answer is known."""
+STEP, COUNT_STEP = 1.15, 1.4
+"""From one try to the next while one side of the answer is open: of rates; of counts, in which policies differ more."""
 CLOSE = 1.02
 """Two loads this near are one."""
 LEAST, MOST = 0.05, 8.0
@@ -50,9 +50,9 @@ def largest_count(keeps: Callable[[int], bool], guess: int, most: int) -> int:
         else:
             high = trial
         if high == most + 1:
-            trial = min(most, max(low + 1, int(low * STEP)))
+            trial = min(most, max(low + 1, int(low * COUNT_STEP)))
         elif low == 0:
-            trial = max(1, int(high / STEP))
+            trial = max(1, int(high / COUNT_STEP))
         else:
             trial = (low + high) // 2
         if not low < trial < high:
