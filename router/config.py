@@ -38,7 +38,7 @@ PolicyName = Literal[
 class CostConfig(BaseModel):
     """Constants of the pair's cost, in seconds. `python -m benchmarks.fit` prints them for a machine.
 
-    All but `alpha`, `hot_requests`, `copy_s` and `tie_fraction` are only where learning begins.
+    All but `alpha`, `hot_requests`, `copy_tokens` and `tie_fraction` are only where learning begins.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,8 +61,8 @@ class CostConfig(BaseModel):
     """Pairs whose costs differ by less than this fraction are equals: a page in common does not gather all traffic."""
     hot_requests: Annotated[int, Field(ge=1)] = 2
     """A prefix that more requests than this use at once, for each worker that holds it, is copied to one more."""
-    copy_s: Annotated[float, Field(ge=0)] = 1.0
-    """Seconds of prefill that such a copy may cost for each request that uses the prefix."""
+    copy_tokens: Annotated[int, Field(ge=0)] = 8192
+    """Tokens that may be computed once more for such a copy, for each request that uses the prefix."""
     learn: bool = True
     """Whether the constants follow what finished requests took."""
 

@@ -1,15 +1,15 @@
 """Our policy: the pair that costs the least, a hot prefix on as many workers as it needs.
 
 Pairs whose cost is above the least by no more than `tie_fraction` of what the whole prompt costs
-are equals: then the prefill worker that was sent the fewest uncached tokens lately gets the
-request, then the decode worker with the fewest tokens in flight, and then a hash of seed and
-request decides. So idle workers fill evenly, a page that all prompts share gathers nothing,
-and none gets more because of its name.
+are equals: then the prefill worker that was sent the fewest uncached tokens lately gets the request
+(where nobody holds any of the prompt, of those with the shortest wait), then the decode worker with
+the fewest tokens in flight, and then a hash of seed and request decides. So idle workers fill
+evenly, a page that all prompts share gathers nothing, and none gets more because of its name.
 
 A prefix is hot when more than `hot_requests` requests in flight begin with it, for each worker that
 holds it. The next such request goes to the cheapest worker that does not hold it, which is
 thereby made a holder: one worker's queue is not what the prefix's users wait for, and it does not
-die with one worker. The copy must be worth its work: `copy_s` seconds for each request that uses it.
+die with one worker. The copy must be worth its work: `copy_tokens` for each request that uses it.
 """
 
 from __future__ import annotations
@@ -68,11 +68,8 @@ class PairCost(Policy):
     def _copies(self, pairs: Pairs, cost_s: Sequence[float], heat: _Heat) -> list[float]:
         """The costs of those that do not hold the prefix and that a copy is worth its work on; of others infinite."""
         short = HOLDER_SHARE * pairs.longest
-        affordable_s = self._config.copy_s * heat.requests
-        return [
-            cost if matched < short and prefill_s <= affordable_s else inf
-            for cost, matched, prefill_s in zip(cost_s, pairs.matched, pairs.prefill_s, strict=True)
-        ]
+        least = pairs.ask.prompt_tokens - self._config.copy_tokens * heat.requests
+        return [cost if least <= matched < short else inf for cost, matched in zip(cost_s, pairs.matched, strict=True)]
 
     def _least(
         self, ask: Ask, pairs: Pairs, tied: Sequence[int], left_s: Sequence[float]
@@ -82,6 +79,10 @@ class PairCost(Policy):
         tied    prefill workers of equal pairs
         left_s  for each of these, what its decode side may cost
         """
+        if len(tied) > 1 and not pairs.longest:
+            idlest_s = min(pairs.prefills[row].wait_s for row in tied)
+            idle = [place for place, row in enumerate(tied) if pairs.prefills[row].wait_s == idlest_s]
+            tied, left_s = [tied[place] for place in idle], [left_s[place] for place in idle]
         if len(tied) > 1:
             fewest = min(pairs.prefills[row].recent_tokens for row in tied)
             kept = [place for place, row in enumerate(tied) if pairs.prefills[row].recent_tokens == fewest]

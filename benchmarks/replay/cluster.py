@@ -27,6 +27,7 @@ from engine.journal import Journal
 from engine.sim import Aborted, Allocated, Finished, FirstToken, Prefilled, Refused, SimEvent, SimJob, SimWorker
 from engine.sim_job import Part
 from router.config import RouterSection
+from router.decision import Decision
 from router.follower import TICK_S
 from router.gossip import CHANGED_S
 from router.pair_cost import PairCost
@@ -39,6 +40,9 @@ FOUND_S = -1.0
 """When the workers are first heard of: their feeds are known when the first request comes."""
 AGAIN_S = 0.5
 """A client whose request failed before its first token sends it again after this long."""
+
+Watch = Callable[[VirtualRouter, Session, Turn, Decision, float], None]
+"""Told who chose what for which request and when, before the request is sent."""
 
 
 @dataclass(slots=True)
@@ -59,16 +63,28 @@ def _none_lost(feed: Feed, message: Published, now_s: float) -> bool:
     return False
 
 
+def _unwatched(router: VirtualRouter, session: Session, turn: Turn, decision: Decision, now_s: float) -> None:
+    pass
+
+
 class Cluster:
     """One policy over one fleet, from the first request to the last.
 
     routers  that get the requests in turn
     gossip   whether they tell each other what they have in flight
     lost     whether what a worker publishes does not arrive at a router
+    watch    sees every choice
     """
 
     def __init__(
-        self, scenario: Scenario, policy: str, *, routers: int = 1, gossip: bool = True, lost: Lost = _none_lost
+        self,
+        scenario: Scenario,
+        policy: str,
+        *,
+        routers: int = 1,
+        gossip: bool = True,
+        lost: Lost = _none_lost,
+        watch: Watch = _unwatched,
     ) -> None:
         live = PairCost.name if policy == ORACLE else policy
         section = RouterSection.model_validate({"policy": live, "cost": scenario.cost, "seed": scenario.seed})
@@ -77,6 +93,7 @@ class Cluster:
         self.outcome = Outcome([name for name, worker in self.workers.items() if worker.config.role != "decode"])
         self._page_tokens = scenario.page_tokens
         self._omniscient = policy == ORACLE
+        self._watch = watch
         self._order = count()
         self._due: list[tuple[float, int, Callable[[float], None]]] = []
         self._wakes: dict[str, float] = {}
@@ -154,7 +171,7 @@ class Cluster:
         """The worker and its agent die at once and are back after so long, with nothing in the cache."""
         worker = self.workers[name]
         self._look(worker, now_s)
-        self.sources[name].alive = False
+        self.sources[name].answers = False
         self._down.add(name)
         worker.restart(worker.epoch + 1, now_s)
         self._look(worker, now_s)
@@ -209,6 +226,7 @@ class Cluster:
         router = self.routers[rid % len(self.routers)]
         held = {name: worker.held(turn.ids) for name, worker in self.workers.items()} if self._omniscient else None
         decision = router.choose(turn, session.id, self._page_tokens, now_s, held)
+        self._watch(router, session, turn, decision, now_s)
         flight = router.placement.send(decision, turn.ids, now_s)
         prefill, decode = self.workers[decision.prefill], self.workers[decision.decode]
         request = _Request(turn, session, arrived_s, router, flight, prefill, decode, answered)

@@ -58,7 +58,8 @@ class Source:
     worker: SimWorker
     journal: Journal
     feeds: list[Feed] = field(default_factory=list)
-    alive: bool = True
+    answers: bool = True
+    """Whether it answers questions. A life that is over does not."""
 
     def __post_init__(self) -> None:
         self._audits = count()
@@ -73,8 +74,8 @@ class Source:
         self._say(self.journal.audit(next(self._audits)), now_s)
 
     def answer(self, question: bytes) -> list[bytes]:
-        """Nothing, from a life that is over."""
-        if not self.alive:
+        """Every message of the answer, encoded; none where it does not answer."""
+        if not self.answers:
             return []
         return [encode(message) for message in self.journal.answer(decode_page_request(question))]
 

@@ -21,7 +21,7 @@ COST = CostConfig(
     decode_request_s=0.02,
     tie_fraction=0.05,
     hot_requests=2,
-    copy_s=1.0,
+    copy_tokens=1000,
 )
 D0 = DecodeView(name="d0")
 
@@ -181,14 +181,22 @@ def test_two_holders_carry_twice_as_many_users_before_a_third_gets_a_copy() -> N
 
 
 def test_a_copy_that_is_not_worth_its_work_is_not_made() -> None:
-    # 1.6 s for each of three users is more than copy_s allows; for users enough it is not.
-    long = COST.model_copy(update={"copy_s": 0.5})
+    # 1,600 tokens are more than copy_tokens allows for each of three users; for users enough they are not.
+    long = COST.model_copy(update={"copy_tokens": 500})
 
     def decision(users: int) -> str:
         return decide([holding("p0", 90, sharing_requests=users), PrefillView(name="p1")], cost=long).prefill
 
     assert decision(3) == "p0"
     assert decision(4) == "p1"
+
+
+def test_where_nobody_holds_anything_an_idle_worker_goes_before_one_that_was_sent_less_lately() -> None:
+    idle = PrefillView(name="p0", recent_tokens=5000)
+    busy = PrefillView(name="p1", wait_s=0.05)
+
+    assert decide([idle, busy]).prefill == "p0"
+    assert decide([holding("p0", 1, recent_tokens=5000), busy]).prefill == "p1"
 
 
 def test_a_short_match_makes_nothing_hot() -> None:
