@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 ARGS ?=
+TRACES ?=
 SHELL := /bin/bash
 
 .PHONY: demo test check fast format bench lock setup checked clean help
@@ -37,8 +38,12 @@ format: $(READY)  ## lay the code out
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## every benchmark of this machine, results as JSON
-	@for name in boot ttft prediction delta scheduler_tick handoff handoff_loss handoff_faults handoff_fuzz; do $(RUN) benchmarks.$$name $(ARGS) || exit 1; done
+bench: $(READY)  ## every benchmark of this machine, results as JSON (TRACES=DIR: also those that replay traces)
+	@for name in boot ttft prediction delta scheduler_tick handoff handoff_loss handoff_faults handoff_fuzz index hot_prefix; do \
+		$(RUN) benchmarks.$$name --json $(ARGS) || exit 1; done
+	@test -z "$(TRACES)" || $(RUN) benchmarks.replay --suite "$(TRACES)" --json
+	@test -z "$(TRACES)" || for name in index_faults split_stream against_round_robin; do \
+		$(RUN) benchmarks.$$name "$(TRACES)" --json || exit 1; done
 
 lock: $(UV)  ## renew requirements.lock from pyproject.toml
 	@$(RUN_UV) pip compile pyproject.toml --extra dev --extra nixl --generate-hashes --no-emit-index-url --no-annotate --quiet \
