@@ -87,6 +87,8 @@ class Router:
         self.clock_s = clock_s
         self.wall_s = wall_s
         self.started_s = clock_s()
+        self._was_ready = False
+        """Whether the pages of all workers were known at some time."""
         self.metrics = Metrics(self.ledger, self.fleet, self.index, self.handoffs, self.audits, self.placement, clock_s)
         self.closing = asyncio.Event()
         """Set when the server is told to stop, so that streams without an end find one."""
@@ -195,11 +197,12 @@ class Router:
         reasons = []
         if "both" not in roles:
             reasons += [f"no {role} worker is ready" for role in ("prefill", "decode") if role not in roles]
-        reasons += [
-            f"the pages of {worker.name} are not known yet"
-            for worker in ready
-            if worker.mode is FeedMode.LOAD_ONLY and worker.role != "decode"
-        ]
+        prefills = [worker for worker in ready if worker.role != "decode"]
+        unknown = [worker.name for worker in prefills if worker.mode is FeedMode.LOAD_ONLY]
+        if len(unknown) == len(prefills) or not self._was_ready:
+            # Later, the pages of one worker are no reason to turn requests away: it is chosen by load meanwhile.
+            reasons += [f"the pages of {name} are not known yet" for name in unknown]
+        self._was_ready |= not reasons
         return reasons
 
     def snapshot(self) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Where a request goes and why, kept as it was weighed: an explanation is written out only for who asks for it."""
+"""Where a request goes and why. An explanation is written out only for who asks for it.
+
+What the choice looked at is kept; terms that it did not need are computed when somebody asks, by what
+the cost model knows then.
+"""
 
 from __future__ import annotations
 
@@ -72,9 +76,10 @@ class Decision:
         """What the worker is known or expected to hold of the prompt; it may be more than it can use."""
         return max(self.pick.prefill.held_pages, self.pick.prefill.expected_pages)
 
-    @property
+    @cached_property
     def uncached_tokens(self) -> int:
-        return self.prompt_tokens - self.matched_tokens
+        """What the prefill worker is expected to compute: more than it is said to lack, where that is not sure."""
+        return int(self.pairs.lacking_tokens[self.pairs.prefills.index(self.pick.prefill)])
 
     @cached_property
     def cache_choice(self) -> str:

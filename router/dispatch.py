@@ -208,6 +208,7 @@ class Dispatcher:
             outcome = Outcome.OK
         except LegFailed as error:
             outcome, failed = Outcome.ERROR, error
+            self._suspect(run, error)
             log.warning("request failed rid=%s worker=%s fault=%s", rid, failed.worker, failed.fault)
         finally:
             # Also where the task itself is cancelled, at shutdown.
@@ -217,12 +218,23 @@ class Dispatcher:
             # Only now: a client that does not read would hold the workers' load.
             await self._tell(client, None if failed.told else _as_api_error(failed), headers)
 
+    def _suspect(self, run: _Run, failed: LegFailed) -> None:
+        """A worker that fails at once looks idle, and would get ever more requests to fail."""
+        if failed.client_to_blame or failed.fault in (Fault.TIMEOUT, Fault.LOST):
+            return
+        for worker in (run.plan.prefill, run.plan.decode):
+            # Its next life is not to blame.
+            if worker.name == failed.worker and self._fleet.get(worker.name) is worker:
+                self._fleet.suspect(worker.name, self._clock_s())
+
     def _settle(self, run: _Run, outcome: Outcome, error: str | None) -> None:
         usage = run.seen.usage
         record, now_s = run.record, self._clock_s()
         record.generated_tokens = usage.completion_tokens if usage is not None else run.seen.token_events
         self._ledger.end(record, outcome, now_s=self._wall_s(), steady_s=now_s, error=error)
-        self._placement.ended(run.flight, now_s, record.itl_s, record.generated_tokens)
+        # How fast an answer came that was cut short says nothing of the worker.
+        itl_s = record.itl_s if outcome is Outcome.OK else None
+        self._placement.ended(run.flight, now_s, itl_s, record.generated_tokens)
         self._on_end(run.record)
 
     async def _relay(self, run: _Run, ids: list[int] | None, client: Client) -> None:
@@ -367,12 +379,7 @@ class Dispatcher:
             response.close()
 
     async def _open(self, registration: Registration, endpoint: Endpoint, body: bytes) -> aiohttp.ClientResponse:
-        try:
-            return await self._upstream.open(registration.worker, registration.url + endpoint.value, body)
-        except LegFailed as failed:
-            if failed.fault in (Fault.UNREACHABLE, Fault.BROKEN):
-                self._fleet.suspect(registration.worker, self._clock_s())
-            raise
+        return await self._upstream.open(registration.worker, registration.url + endpoint.value, body)
 
     def _note_usage(self, run: _Run, seen: Seen) -> None:
         """What the engine says it computed, and what it had."""

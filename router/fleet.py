@@ -216,10 +216,12 @@ class Fleet:
             self._workers[name].suspect_until_s = now_s + SUSPECT_S
 
     def candidates(self, now_s: float) -> tuple[list[Worker], list[Worker]]:
-        """Workers that take requests, by name: those that prefill, and those that decode.
+        """`ready` without suspects, unless nobody else can prefill, or decode."""
+        prefills, decodes = self.ready()
+        return _unsuspected(prefills, now_s), _unsuspected(decodes, now_s)
 
-        Suspects are among them only where there is nobody else.
-        """
+    def ready(self) -> tuple[list[Worker], list[Worker]]:
+        """Workers that take requests, by name: those that prefill, and those that decode."""
         prefills: list[Worker] = []
         decodes: list[Worker] = []
         for worker in self._by_name:
@@ -230,7 +232,7 @@ class Fleet:
                 prefills.append(worker)
             if registration.role != "prefill":
                 decodes.append(worker)
-        return _unsuspected(prefills, now_s), _unsuspected(decodes, now_s)
+        return prefills, decodes
 
     def dispatch(
         self, prefill: str, decode: str, prompt_tokens: int, uncached_tokens: int, prefill_s: float, now_s: float

@@ -54,7 +54,7 @@ CLOSE_S = 2.0
 AUDIT_SHARE = 0.02
 """Of this process's time, what audits may take: with many workers and many pages each is looked at less often."""
 ROOM = 0.9
-"""An index that is filled no further than this has dropped nothing for want of room lately."""
+"""An index that is filled no further than this has dropped nothing for want of room."""
 HEARTBEAT_S = 1.0
 """A connection without a sign of life for three times as long is dropped and made anew: TCP alone would wait on."""
 
@@ -216,7 +216,7 @@ class Follower:
         known = self._index.sample(name, audit.modulus, audit.residue)
         # Pages that found no room are missing rightly. So are none while there is some: those came in disorder, or
         # after a page that was dropped by mistake.
-        room = self._index.complete(name) or self._index.bytes < ROOM * self._index.max_bytes
+        room = self._index.complete(name) or self._index.fill < ROOM
         heal = self._audits.compared(name, set(audit.ids), known, room, now_s)
         turn.next_s = now_s + (self._clock_s() - now_s) * len(self._feeds) / AUDIT_SHARE
         if not heal:

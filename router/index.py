@@ -131,6 +131,11 @@ class Index:
         return f"Index({len(self)} of {self.max_nodes} pages, held={ {name: self.held(name) for name in self._bits} })"
 
     @property
+    def fill(self) -> float:
+        """Pages, and roots of namespaces, over the most that there may be."""
+        return len(self._table) / self.max_nodes
+
+    @property
     def bytes(self) -> int:
         """Memory taken: columns, the table, sets of holders. Columns and table never shrink."""
         per_worker = 300 * len(self._names)

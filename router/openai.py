@@ -19,6 +19,7 @@ from enum import StrEnum
 from typing import Any
 
 import msgspec
+import xxhash
 
 from router.messages import Json
 from transfer.wire import bound_host
@@ -134,9 +135,14 @@ def read(endpoint: Endpoint, raw: bytes, model: str) -> ClientRequest:
 
 
 def _session(body: Json) -> str:
-    """OpenAI's own words for it; a wrong type is the engine's to refuse."""
+    """A hash of what the client says, in OpenAI's own fields: that may be long, and is not ours to keep.
+
+    What is no text is the engine's to refuse.
+    """
     named = body.get("prompt_cache_key") or body.get("user")
-    return named if isinstance(named, str) else ""
+    if not isinstance(named, str) or not named:
+        return ""
+    return xxhash.xxh3_64_hexdigest(named.encode(errors="surrogatepass"))
 
 
 def check_length(request: ClientRequest, prompt_tokens: int, context_tokens: int) -> None:

@@ -26,6 +26,8 @@ from router.policy import Ask, DecodeView, Pick, Policy, PrefillView
 
 HOT_SHARE = 0.5
 """A match that is less of the prompt than this makes nothing hot: the prompt's own part matters more."""
+ROUNDING = 1e-9
+"""A sum and its parts differ by less than this, relatively."""
 HOLDER_SHARE = 0.9
 """Who holds so much of the longest match counts as a holder."""
 
@@ -62,7 +64,8 @@ class PairCost(Policy):
                 reason = f"copied: {heat.requests} requests use what {_workers(heat.holders)} held"
         bound_s = min(cost_s) + tolerance_s
         tied = [row for row, cost in enumerate(cost_s) if cost <= bound_s]
-        prefill, decode = self._least(ask, pairs, tied, [bound_s - near_s[row] for row in tied])
+        left_s = bound_s + ROUNDING * max(1.0, bound_s)
+        prefill, decode = self._least(ask, pairs, tied, [left_s - near_s[row] for row in tied])
         return Pick(prefill, decode, reason or _reason(pairs, prefill, tied))
 
     def _copies(self, pairs: Pairs, cost_s: Sequence[float], heat: _Heat) -> list[float]:
@@ -92,7 +95,7 @@ class PairCost(Policy):
             (view, decode)
             for place, view in ((place, pairs.prefills[tied[place]]) for place in kept)
             for decode, seconds in zip(pairs.partners(view), pairs.decode_s(view), strict=True)
-            if seconds <= left_s[place] + _ROUNDING_S
+            if seconds <= left_s[place]
         ]
         if len(found) > 1:
             fewest_inflight = min(decode.inflight_tokens for _, decode in found)
@@ -101,10 +104,6 @@ class PairCost(Policy):
             found.sort(key=lambda pair: (pair[0].name, pair[1].name))
             return found[xxhash.xxh3_64_intdigest(f"{self._seed}\0{ask.number}".encode()) % len(found)]
         return found[0]
-
-
-_ROUNDING_S = 1e-9
-"""A sum and its parts differ by less than this."""
 
 
 def _heat(pairs: Pairs) -> _Heat | None:

@@ -63,12 +63,17 @@ class Pairs:
     @cached_property
     def prefill_s(self) -> list[float]:
         """By prefill worker, until the prompt is computed once begun. What the index is not sure of counts less."""
+        names = [view.name for view in self.prefills]
+        return self._model.prefills_s(names, self.lacking_tokens, self.ask.prompt_tokens)
+
+    @cached_property
+    def lacking_tokens(self) -> list[float]:
+        """By prefill worker, the tokens that it is expected to compute."""
         tokens = self.ask.prompt_tokens
-        lacking = [
+        return [
             tokens - (matched if view.trust == 1.0 else self._counted(view, matched))
             for view, matched in zip(self.prefills, self.matched, strict=True)
         ]
-        return self._model.prefills_s([view.name for view in self.prefills], lacking, tokens)
 
     @cached_property
     def whole_prompt_s(self) -> float:

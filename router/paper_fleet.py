@@ -24,7 +24,7 @@ _NOBODY = DecodeView(name="paper")
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """One request on paper."""
+    """One request on paper; of one that is refused, it never begins."""
 
     worker: str
     cached_tokens: int
@@ -47,11 +47,14 @@ class _Worker:
 class PaperFleet:
     """One policy and its workers on paper.
 
-    model  seconds of a prefill, for the policy and for the workers
+    model           seconds of a prefill, for the policy and for the workers
+    longest_wait_s  a request that would wait longer is refused
     """
 
-    def __init__(self, policy: Policy, model: CostModel) -> None:
+    def __init__(self, policy: Policy, model: CostModel, longest_wait_s: float = inf) -> None:
         self.policy = policy
+        self._longest_wait_s = longest_wait_s
+        self.refused = 0
         self.requests = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -90,13 +93,16 @@ class PaperFleet:
         cached_tokens = cached_pages * ask.page_tokens
         uncached_tokens = ask.prompt_tokens - cached_tokens
         begins_s = max(ask.now_s, worker.free_at_s)
+        self.requests += 1
+        self.prompt_tokens += ask.prompt_tokens
+        if begins_s - ask.now_s > self._longest_wait_s:
+            self.refused += 1
+            return Placed(worker.name, 0, inf, inf)
         worker.free_at_s = begins_s + self._model.prefill_s(worker.name, uncached_tokens, ask.prompt_tokens)
         worker.queue.append((worker.free_at_s, ask.number))
         worker.computed_tokens += uncached_tokens
         worker.recent.add(uncached_tokens, ask.now_s)
         worker.cache.use(ask.ids)
-        self.requests += 1
-        self.prompt_tokens += ask.prompt_tokens
         self.cached_tokens += cached_tokens
         self._expected.sent(ask.number, worker.name, ask.ids, view.held_pages)
         self.policy.sent(ask, worker.name, _NOBODY.name)

@@ -78,11 +78,13 @@ class Placement:
         page_tokens: int,
         session: str,
         now_s: float,
+        guessed: bool = False,
     ) -> Decision:
         """The pair for one request. Raises policy.NoWorker.
 
-        held  leading pages of `ids` by worker, as the index knows them
-        ids   chain ids of the prompt's whole pages; none where they are not known
+        held     leading pages of `ids` by worker, as the index knows them
+        ids      chain ids of the prompt's whole pages; none where they are not known
+        guessed  whether `prompt_tokens` is a guess: nothing is learned from such a request
         """
         self._number += 1
         self.expected.expire(now_s)
@@ -90,6 +92,7 @@ class Placement:
             number=self._number,
             prompt_tokens=prompt_tokens,
             page_tokens=page_tokens,
+            guessed=guessed,
             ids=ids,
             session=session,
             now_s=now_s,
@@ -130,6 +133,9 @@ class Placement:
         """
         if not flight.ticket.prefilling:
             return
+        if flight.decision.pairs.ask.guessed:
+            self.failed(flight, now_s)
+            return
         worker = flight.ticket.prefill
         if cached_tokens is not None:
             prompt_tokens = flight.decision.prompt_tokens
@@ -144,12 +150,13 @@ class Placement:
             return
         # What the worker did in this time is not known, nor how much of the next prefill it did in it.
         worker = flight.ticket.prefill
-        self._stretches.pop(worker.name, None)
         self._take_off(flight, now_s)
-        if worker.outstanding_prefills:
-            self._unsure.add(worker.name)
-        else:
-            self._unsure.discard(worker.name)
+        if self._fleet.get(worker.name) is worker:
+            self._stretches.pop(worker.name, None)
+            if worker.outstanding_prefills:
+                self._unsure.add(worker.name)
+            else:
+                self._unsure.discard(worker.name)
         self.expected.failed(flight.number)
 
     def ended(self, flight: Flight, now_s: float, itl_s: float | None = None, tokens: int = 0) -> None:
@@ -163,7 +170,7 @@ class Placement:
 
     def handed_over(self, ended: Ended, decode: str) -> None:
         """A hand-off is over."""
-        if not ended.reason:
+        if not ended.reason and ended.prefill in self._fleet and decode in self._fleet:
             self.model.learn_transfer(ended.prefill, decode, ended.moved_bytes, ended.writing_s)
 
     def lost(self, worker: str) -> None:
@@ -186,6 +193,9 @@ class Placement:
         if worker.name in self._unsure:
             self._unsure.discard(worker.name)
             return
+        if elsewhere_s := worker.elsewhere.outstanding_s:
+            # It did other routers' prefills in this time too: about as many as wait there beside ours.
+            seconds *= worker.outstanding_s / (worker.outstanding_s + elsewhere_s)
         stretch = self._stretches.setdefault(worker.name, _Stretch())
         stretch.work = stretch.work.plus(work)
         stretch.seconds += seconds
@@ -220,7 +230,7 @@ def _decode_view(worker: Worker, held_pages: int) -> DecodeView:
     registration = worker.registration
     return DecodeView(
         name=registration.worker,
-        held_pages=held_pages,
+        held_pages=held_pages if _trust(worker.mode) else 0,
         running_requests=worker.running_requests,
         inflight_tokens=worker.inflight_tokens + worker.elsewhere.inflight_tokens,
         capacity_tokens=registration.capacity_tokens,

@@ -11,11 +11,14 @@ from router.index import Index
 from router.messages import Unrenderable
 from router.openai import ClientRequest, Endpoint, check_length
 from router.placement import Placement
+from router.policy import NoWorker
 from router.render import Renderer
 from transfer.pages import chain_ids, namespace, root_id
 
 BYTES_A_TOKEN = 4
 """Guess for the load of a prompt whose tokens are not known."""
+MAX_GUESS_TOKENS = 8192
+"""No guess is larger: most of a long body that is not tokenized is images, and its worker would be avoided in vain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ def render(renderer: Renderer, request: ClientRequest) -> Prompt:
         reason = "nested too deeply"
     else:
         return Prompt(rendered.ids, len(rendered.ids))
-    return Prompt(None, max(1, len(request.raw) // BYTES_A_TOKEN), reason)
+    return Prompt(None, min(MAX_GUESS_TOKENS, max(1, len(request.raw) // BYTES_A_TOKEN)), reason)
 
 
 class Planner:
@@ -68,7 +71,21 @@ class Planner:
 
     def plan(self, request: ClientRequest, prompt: Prompt, now_s: float) -> Plan:
         """Chooses the pair. Raises policy.NoWorker, ApiError where the prompt is too long for it."""
-        prefills, decodes = self._fleet.candidates(now_s)
+        try:
+            decision, pages = self._choose(self._fleet.candidates(now_s), request, prompt, now_s)
+        except NoWorker:
+            decision, pages = self._choose(self._fleet.ready(), request, prompt, now_s)
+        chosen = Plan(decision, pages, self._fleet[decision.prefill], self._fleet[decision.decode])
+        if prompt.ids is not None:
+            both = (chosen.prefill.registration, chosen.decode.registration)
+            check_length(request, prompt.tokens, min(registration.max_context_tokens for registration in both))
+        return chosen
+
+    def _choose(
+        self, workers: tuple[list[Worker], list[Worker]], request: ClientRequest, prompt: Prompt, now_s: float
+    ) -> tuple[Decision, Sequence[int]]:
+        """The decision, and the prompt's chain ids."""
+        prefills, decodes = workers
         pages, held = self._held(request.salt, prompt, [*prefills, *decodes])
         decision = self._placement.choose(
             prefills,
@@ -79,12 +96,9 @@ class Planner:
             prefills[0].registration.page_tokens if prefills else 1,
             request.session,
             now_s,
+            guessed=prompt.ids is None,
         )
-        chosen = Plan(decision, pages, self._fleet[decision.prefill], self._fleet[decision.decode])
-        if prompt.ids is not None:
-            both = (chosen.prefill.registration, chosen.decode.registration)
-            check_length(request, prompt.tokens, min(registration.max_context_tokens for registration in both))
-        return chosen
+        return decision, pages
 
     def _held(self, salt: str, prompt: Prompt, workers: Sequence[Worker]) -> tuple[list[int], dict[str, int]]:
         """The prompt's chain ids, and how many leading ones each worker holds. All workers of a cluster name alike."""

@@ -30,6 +30,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Of the request: with a policy's seed, it decides between equals."""
     prompt_tokens: int
     page_tokens: int
+    guessed: bool = False
+    """Whether the number of tokens is a guess: the prompt could not be tokenized."""
     ids: Sequence[int] = ()
     """Chain ids of the prompt's whole pages, first page first; none where the prompt is not known."""
     session: str = ""
@@ -58,7 +60,7 @@ class PrefillView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     inflight_requests: int = 0
     """Requests sent to it that are not over yet, whichever part of them."""
     recent_tokens: float = 0.0
-    """Uncached tokens sent lately, fading."""
+    """Tokens sent lately, fading: uncached ones, and all of a prompt's where the worker decodes them too."""
     capacity_tokens: int = 0
     alone: bool = False
     """It decodes what it prefills: it is its own pair, and no other."""

@@ -33,6 +33,7 @@ MISSED_AUDITS = 2
 """A publisher that is silent over so many audits is asked over the other way whether anything was missed."""
 CUT_OFF_S = 3.0
 """A worker that was asked and has said nothing for this long is cut off: its pages may be others by now."""
+HOLE = -1
 MAX_BUFFERED = 10_000
 """Live batches kept while an answer is awaited. More push out the oldest, and the hole is asked for later."""
 
@@ -70,7 +71,7 @@ class Sequence:
         self._announced = 0
         self._buffer: deque[Batch] = deque(maxlen=MAX_BUFFERED)
         self._next_part = 0
-        """Index of the snapshot part that comes next; 0 while no snapshot is under way."""
+        """Index of the snapshot part that comes next; 0 while no snapshot is under way, HOLE after a missing part."""
 
     def __repr__(self) -> str:
         state = "exact" if self.exact else "catching up"
@@ -170,6 +171,7 @@ class Sequence:
 
     def _snapshot_part(self, part: Snapshot, now_s: float) -> Step:
         if part.index != 0 and part.index != self._next_part:
+            self._next_part = HOLE
             return _NOTHING
         self._progress(now_s)
         self._next_part = part.index + 1
@@ -179,6 +181,8 @@ class Sequence:
         return Step((*replaced, *part.pages))
 
     def _caught_up(self, end: CaughtUp, now_s: float) -> Step:
+        if self._next_part == HOLE:
+            return Step(ask=self._ask(now_s))
         if self._next_part:
             self.position, self._next_part = end.sequence, 0
         elif self.position == 0 or self.position < end.sequence:

@@ -21,7 +21,8 @@ class Shadows:
 
     def __init__(self, section: RouterSection, model: CostModel) -> None:
         self._fleets = [
-            PaperFleet(make_policy(name, section.cost, section.seed), model) for name in section.shadow_policies
+            PaperFleet(make_policy(name, section.cost, section.seed), model, section.request_timeout_s)
+            for name in section.shadow_policies
         ]
 
     def __iter__(self) -> Iterator[PaperFleet]:

@@ -22,6 +22,7 @@ from router.app import Router, create_app
 from router.client import Client, Message
 from router.config import RouterSection, RouterSpec
 from router.fake_worker import PAGE_BYTES, FakeWorker, Fault, Handoffs
+from router.fleet import FeedMode
 from router.openai import Endpoint
 from router.server import listen
 from transfer.auth import SIGNATURE_HEADER, ClusterKey
@@ -605,6 +606,45 @@ def test_an_unreachable_worker_is_avoided_by_the_next_request(start: Any) -> Non
             assert (status, again["x-mainstem-prefill"] != dead) == (200, True)
             _, state = await cluster.get("/api/state")
             assert {worker["name"]: worker["state"] for worker in state["workers"]}[dead] == "suspect"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("fault", [Fault.ERROR, Fault.EMPTY, Fault.DROP])
+def test_a_worker_that_fails_at_once_is_not_taken_for_an_idle_one(fault: Fault, start: Any) -> None:
+    async def scenario() -> None:
+        async with start("m0", "m1") as cluster:
+            cluster.workers["m0"].fault = fault
+            statuses = [(await cluster.post(chat(f"{number} {PREFIX}")))[0] for number in range(8)]
+
+            assert statuses.count(200) >= 7
+
+    run(scenario())
+
+
+def test_a_client_to_blame_makes_no_worker_suspect(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0") as cluster:
+            cluster.workers["d0"].fault = Fault.BAD_REQUEST
+            status, _, _ = await cluster.post(chat("hi"))
+
+            assert status == 400
+            assert all(worker.state(cluster.router.clock_s()) == "ready" for worker in cluster.router.fleet)
+
+    run(scenario())
+
+
+def test_a_router_that_was_ready_stays_so_while_one_workers_pages_are_not_known(start: Any) -> None:
+    async def scenario() -> None:
+        async with start() as cluster:
+            # Nothing is awaited here, so nobody mends the modes meanwhile.
+            cluster.router.fleet["p0"].mode = FeedMode.LOAD_ONLY
+            assert cluster.router.unready() == []
+
+            for name in ("p1", "p2"):
+                if name in cluster.router.fleet:
+                    cluster.router.fleet[name].mode = FeedMode.LOAD_ONLY
+            assert "the pages of p0 are not known yet" in cluster.router.unready()
 
     run(scenario())
 

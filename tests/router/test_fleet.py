@@ -108,6 +108,14 @@ def test_goodbyes_are_forgotten_after_a_while_and_beyond_a_number() -> None:
     assert fleet.register(registration("p1"), 3 + FORGET_S) is Change.NEW
 
 
+def test_those_that_are_ready_are_suspects_too(fleet: Fleet) -> None:
+    fleet.suspect("p0", 1)
+
+    prefills, decodes = fleet.ready()
+    assert [worker.name for worker in prefills] == ["p0", "p1"]
+    assert [worker.name for worker in decodes] == ["d0"]
+
+
 def test_a_suspect_is_avoided_for_a_while_but_taken_where_it_is_the_only_one(fleet: Fleet) -> None:
     fleet.suspect("p0", 1)
     assert names(fleet, 2) == ["p1"]

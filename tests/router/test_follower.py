@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -266,10 +266,19 @@ async def exact_with(side: Side, worker: FakeWorker, pages: int) -> None:
     await worker.store(root_id("x"), 0, IDS[:pages])
     side.hear(worker)
     await until(lambda: side.mode(worker) is FeedMode.EXACT and side.index.match(IDS) == {"p0": pages})
+    await audited(side, worker)
+
+
+async def audited(side: Side, worker: FakeWorker, **sample: int) -> None:
+    """Audits until one was looked at: none that comes too soon after another, or before the subscription is there."""
     before = side.audits["p0"].audits
-    while side.audits["p0"].audits == before:  # a subscription that is not there yet hears no audit
-        await worker.audit()
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(20):
+        while side.audits["p0"].audits == before:
+            await worker.audit(**sample)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    while side.audits["p0"].audits == before:
+                        await asyncio.sleep(0.01)
 
 
 @run
@@ -378,14 +387,14 @@ async def test_pages_that_the_index_has_wrong_are_found_by_an_audit_and_taken_an
         side.index.removed("p0", IDS[5:8])  # as a bug or a bit would
         side.index.stored("p0", root_id("y"), 0, [4711])
 
-        await worker.audit(modulus=1)
+        await audited(side, worker, modulus=1)
 
         await until(lambda: side.index.match(IDS) == {"p0": 8} and side.mode(worker) is FeedMode.APPROXIMATE)
         assert side.index.match([4711]) == {}
         healed = side.audits["p0"]
         assert (healed.refuted, healed.heals) == (1, 1)
         assert healed.agreement == 5 / 9
-        await worker.audit()
+        await audited(side, worker)
         await until(lambda: side.mode(worker) is FeedMode.EXACT)
         assert side.audits["p0"].agreement == 1.0
 
@@ -398,7 +407,7 @@ async def test_pages_that_found_no_place_after_one_that_was_dropped_by_mistake_a
         await worker.store(IDS[7], 8, IDS[8:10])
         await until(lambda: side.index.orphans > 0 and side.mode(worker) is FeedMode.APPROXIMATE)
 
-        await worker.audit()
+        await audited(side, worker)
 
         await until(lambda: side.index.match(IDS) == {"p0": 10})
         assert side.audits["p0"].heals == 1
@@ -411,26 +420,28 @@ async def test_an_audit_of_some_pages_finds_what_is_wrong_among_them_alone() -> 
         side.index.removed("p0", IDS[19:])
         other = (IDS[19] + 1) % 3
 
-        await worker.audit(modulus=3, residue=other)
-        await until(lambda: side.audits["p0"].audits == 2)
+        await audited(side, worker, modulus=3, residue=other)
         assert side.mode(worker) is FeedMode.EXACT
-        await worker.audit(modulus=3, residue=IDS[19] % 3)
+        await audited(side, worker, modulus=3, residue=IDS[19] % 3)
 
         await until(lambda: side.audits["p0"].heals == 1 and side.index.match(IDS) == {"p0": 20})
 
 
-@run
-async def test_an_index_without_room_is_not_taken_for_a_wrong_one() -> None:
-    async with followed(index_max_bytes=4 * NODE_BYTES) as (side, worker):
-        await worker.store(root_id("x"), 0, IDS[:6])
+@pytest.mark.parametrize("room", [4, 2000])
+def test_an_index_without_room_is_not_taken_for_a_wrong_one(room: int) -> None:
+    asyncio.run(asyncio.wait_for(_an_index_without_room(room), 30))
+
+
+async def _an_index_without_room(room: int) -> None:
+    ids = chain_ids(root_id("x"), range(2 * room), 1)
+    async with followed(index_max_bytes=room * NODE_BYTES) as (side, worker):
+        await worker.store(root_id("x"), 0, ids[: room + 2])
         side.hear(worker)
         await until(lambda: side.mode(worker) is FeedMode.APPROXIMATE)
 
-        await worker.store(IDS[5], 6, IDS[6:8])
+        await worker.store(ids[room + 1], room + 2, ids[room + 2 : room + 4])
         side.hear(worker)
-        while not side.audits["p0"].audits:
-            await worker.audit()
-            await asyncio.sleep(0.02)
+        await audited(side, worker)
 
         assert side.audits["p0"].heals == 0
         assert 0 < side.audits["p0"].agreement < 1

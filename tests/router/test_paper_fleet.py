@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,6 +76,16 @@ def test_a_worker_that_takes_no_requests_for_a_while_keeps_what_it_held() -> Non
 
     assert fleet.place(ask(1, ids, 9.0), other).worker != held_by
     assert fleet.place(ask(2, (*ids, 77), 18.0), {held_by: 16_000}).cached_tokens == 160
+
+
+def test_what_would_wait_longer_than_a_client_does_is_refused() -> None:
+    fleet = PaperFleet(make_policy("longest_prefix", COST, 0), CostModel(COST), longest_wait_s=5.0)
+    ids = tuple(range(100))
+    placed = [fleet.place(ask(number, (*ids, 1000 + number)), {"p0": 1_600_000}) for number in range(1000)]
+
+    assert 0 < fleet.refused < 1000
+    assert all(one.begins_s <= 5 for one in placed if one.begins_s < inf)
+    assert len(fleet._expected) == 1000 - fleet.refused
 
 
 def test_shadows_report_hits_and_imbalance_of_each_policy() -> None:

@@ -8,6 +8,7 @@ import pytest
 from router.config import CostConfig, RouterSection
 from router.expected import GRACE_S
 from router.fleet import FeedMode, Fleet
+from router.gossip import Elsewhere
 from router.placement import Flight, Placement
 from transfer.wire import Registration, Role
 
@@ -140,3 +141,32 @@ def test_a_prefill_of_an_ended_life_teaches_nothing_of_the_next_one() -> None:
 
     router.placement.prefilled(router.send(60), 61)
     assert router.placement.model.observed_prefills == 1
+
+
+def test_a_guessed_length_teaches_nothing_and_its_load_is_taken_off() -> None:
+    router = Router("p0")
+    decision = router.placement.choose(*router.fleet.candidates(0), {}, (), 250_000, 16, "", 0, guessed=True)
+    flight = router.placement.send(decision, (), 0)
+    router.placement.prefilled(flight, 0.4, cached_tokens=0)
+
+    assert router.fleet["p0"].outstanding_prefills == 0
+    assert router.placement.model.observed_prefills == 0
+
+
+def test_pages_that_are_not_sure_weigh_half_as_load_too() -> None:
+    router = Router("p0")
+    router.fleet["p0"].mode = FeedMode.APPROXIMATE
+    decision = router.placement.choose(*router.fleet.candidates(0), {"p0": 60}, IDS, TOKENS + 1, 16, "", 0)
+
+    assert decision.matched_tokens == TOKENS
+    assert decision.uncached_tokens == 1 + TOKENS // 2
+
+
+def test_of_time_that_several_routers_used_each_learns_its_share() -> None:
+    router = Router("p0")
+    flight = router.send(0)
+    router.fleet["p0"].elsewhere = Elsewhere(outstanding_requests=3, outstanding_s=3 * flight.ticket.prefill_s)
+    router.placement.prefilled(flight, 4 * flight.ticket.prefill_s)
+
+    expected_s = router.placement.model.prefill_s("p0", TOKENS, TOKENS)
+    assert expected_s == pytest.approx(flight.ticket.prefill_s, rel=0.01)

@@ -199,6 +199,13 @@ def test_where_nobody_holds_anything_an_idle_worker_goes_before_one_that_was_sen
     assert decide([holding("p0", 1, recent_tokens=5000), busy]).prefill == "p1"
 
 
+def test_costs_of_any_size_leave_a_pair() -> None:
+    exact = COST.model_copy(update={"tie_fraction": 0.0, "prefill_tokens_per_s": 3.7, "context_halving_tokens": 1e3})
+    for prompt_tokens in range(1_000, 10_000_000, 123_457):
+        views = [PrefillView(name=f"p{number}", wait_s=0.1 * number) for number in range(3)]
+        assert decide(views, prompt_tokens=prompt_tokens, cost=exact).prefill == "p0"
+
+
 def test_a_short_match_makes_nothing_hot() -> None:
     assert decide([holding("p0", 40, sharing_requests=50), PrefillView(name="p1")]).prefill == "p0"
 

@@ -90,6 +90,9 @@ def test_a_snapshot_with_a_missing_part_is_asked_for_again() -> None:
     sequence.answered(Snapshot("p0", 1, 0, []), 0)
 
     assert sequence.answered(Snapshot("p0", 1, 2, [Stored(9, 5, [1])]), 0) == Step()
+    assert sequence.answered(Snapshot("p0", 1, 1, [Stored(9, 5, [1])]), 0) == Step()
+    assert sequence.answered(caught_up(3), 0) == Step(ask=EVERYTHING)
+    assert not sequence.exact
     assert sequence.tick(ANSWER_S).ask == EVERYTHING
     # Then the rest of the first answer comes late, and is not taken for a part of the second.
     assert sequence.answered(Snapshot("p0", 1, 1, [Stored(9, 5, [1])]), ANSWER_S) == Step()
