@@ -137,7 +137,10 @@ def _suite(options: argparse.Namespace) -> int:
         task = progress.add_task("suite", total=suite.count(traces, policies))
         for row in suite.run(traces, policies, options.processes, options.quick):
             rows.append(row)
-            progress.update(task, advance=1, description=f"{row.trace} {row.policy}")
+            done = f"{row.trace} {row.policy}"
+            progress.update(task, advance=1, description=done)
+            if not progress.console.is_terminal:
+                report.progress(f"{len(rows)} of {progress.tasks[task].total:g}: {done}")
     order = {name: place for place, name in enumerate(policies)}
     rows.sort(key=lambda row: (row.trace, row.capacity_tokens, order[row.policy]))
     _publish(rows, options.json)
