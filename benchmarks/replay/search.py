@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 STEP, COUNT_STEP = 1.15, 1.4
 """From one try to the next while one side of the answer is open: of rates; of counts, in which policies differ more."""
+COUNTS_DOWN = 3
+"""A count that is too much takes as long to try as one that is not; those far below take little."""
 CLOSE = 1.02
 """Two loads this near are one."""
 LEAST, MOST = 0.05, 8.0
@@ -52,7 +54,7 @@ def largest_count(keeps: Callable[[int], bool], guess: int, most: int) -> int:
         if high == most + 1:
             trial = min(most, max(low + 1, int(low * COUNT_STEP)))
         elif low == 0:
-            trial = max(1, int(high / COUNT_STEP))
+            trial = max(1, high // COUNTS_DOWN)
         else:
             trial = (low + high) // 2
         if not low < trial < high:
