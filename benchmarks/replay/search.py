@@ -7,7 +7,7 @@ from collections.abc import Callable
 STEP, COUNT_STEP = 1.15, 1.4
 """From one try to the next while one side of the answer is open: of rates; of counts, in which policies differ more."""
 COUNTS_DOWN = 3
-"""A count that is too much takes as long to try as one that is not; those far below take little."""
+"""While every count tried was too much, the next one is so many times less."""
 CLOSE = 1.02
 """Two loads this near are one."""
 LEAST, MOST = 0.05, 8.0
