@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from router.gossip import NOTHING, Elsewhere
+from router.gossip import NOTHING, Elsewhere, WorkerLoad
 from transfer.wire import Registration, Role, WorkerState
 
 SUSPECT_S = 5.0
@@ -233,6 +233,21 @@ class Fleet:
             if registration.role != "prefill":
                 decodes.append(worker)
         return prefills, decodes
+
+    def in_flight(self) -> dict[str, WorkerLoad]:
+        """By worker, what was sent from here and is not over: what other routers are told."""
+        return {
+            worker.name: WorkerLoad(
+                epoch=worker.registration.epoch,
+                outstanding_tokens=worker.outstanding_uncached_tokens,
+                outstanding_requests=worker.outstanding_prefills,
+                outstanding_s=worker.outstanding_s,
+                inflight_requests=worker.inflight_requests,
+                inflight_tokens=worker.inflight_tokens,
+            )
+            for worker in self
+            if worker.inflight_requests or worker.outstanding_prefills
+        }
 
     def dispatch(
         self, prefill: str, decode: str, prompt_tokens: int, uncached_tokens: int, prefill_s: float, now_s: float

@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 
 from router.fleet import Fleet
-from router.gossip import CHANGED_S, NOTHING, Announcer, Peers, WorkerLoad, decode, encode
+from router.gossip import CHANGED_S, NOTHING, Announcer, Peers, decode, encode
 from transfer.auth import ClusterKey
 from transfer.undecodable import UNDECODABLE
 
@@ -115,7 +115,7 @@ class GossipLink:
             if changed:
                 for worker in self._fleet:
                     worker.elsewhere = self.peers.elsewhere(worker.name, worker.registration.epoch)
-            loads = self._announcer.due(self._in_flight(), now_s)
+            loads = self._announcer.due(self._fleet.in_flight(), now_s)
             if loads is not None:
                 await self._publisher.send(encode(loads))
             await asyncio.sleep(CHANGED_S)
@@ -131,20 +131,6 @@ class GossipLink:
                 except UNDECODABLE as error:
                     log.warning("gossip refused bytes=%d error=%s", len(payload), error)
         return new
-
-    def _in_flight(self) -> dict[str, WorkerLoad]:
-        return {
-            worker.name: WorkerLoad(
-                epoch=worker.registration.epoch,
-                outstanding_tokens=worker.outstanding_uncached_tokens,
-                outstanding_requests=worker.outstanding_prefills,
-                outstanding_s=worker.outstanding_s,
-                inflight_requests=worker.inflight_requests,
-                inflight_tokens=worker.inflight_tokens,
-            )
-            for worker in self._fleet
-            if worker.inflight_requests or worker.outstanding_prefills
-        }
 
 
 def _ended(task: asyncio.Task[None]) -> None:

@@ -98,7 +98,7 @@ class VirtualRouter:
         if self._peers.expire(now_s) or any(changed):
             for worker in self.fleet:
                 worker.elsewhere = self._peers.elsewhere(worker.name, worker.registration.epoch)
-        loads = self._announcer.due(self._in_flight(), now_s)
+        loads = self._announcer.due(self.fleet.in_flight(), now_s)
         if loads is not None:
             data = gossip.encode(loads)
             for other in others:
@@ -106,17 +106,3 @@ class VirtualRouter:
 
     def _hear(self, data: bytes, now_s: float) -> None:
         self._came.append(data)
-
-    def _in_flight(self) -> dict[str, gossip.WorkerLoad]:
-        return {
-            worker.name: gossip.WorkerLoad(
-                epoch=worker.registration.epoch,
-                outstanding_tokens=worker.outstanding_uncached_tokens,
-                outstanding_requests=worker.outstanding_prefills,
-                outstanding_s=worker.outstanding_s,
-                inflight_requests=worker.inflight_requests,
-                inflight_tokens=worker.inflight_tokens,
-            )
-            for worker in self.fleet
-            if worker.inflight_requests or worker.outstanding_prefills
-        }
