@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from router.bandwidths import Bandwidths, Floats
 from router.config import CostConfig
-from router.fit import RobustFit, RobustMean
+from router.fit import RobustFit, SureRatio
 
 KILO = 1e3
 """Features are in thousands of tokens, and thousands squared, so that all are of a size."""
@@ -63,7 +63,7 @@ class CostModel:
         rate = KILO / config.prefill_tokens_per_s
         prior = (config.prefill_overhead_s, rate, rate * KILO / config.context_halving_tokens)
         self._prefill = RobustFit(prior, [Work.of(tokens, tokens).features() for tokens in (1, 1000, 8000)])
-        self._speed: dict[str, RobustMean] = {}
+        self._speed: dict[str, SureRatio] = {}
         self._slowness: dict[str, float] = {}
         """What follows from these, within bounds."""
         self._decode = RobustFit((0.0, config.decode_request_s), [(1.0, 1.0), (1.0, 16.0)])
@@ -125,7 +125,7 @@ class CostModel:
         if not self.config.learn or seconds <= 0:
             return
         if self.observed_prefills >= SETTLED:
-            speed = self._speed.setdefault(worker, RobustMean(1.0))
+            speed = self._speed.setdefault(worker, SureRatio())
             # Not the other way round as well: two scales that correct each other drift off together.
             speed.learn(seconds * self._slowness.get(worker, 1.0) / self.work_s(worker, work))
             self._slowness[worker] = min(MAX_SPEED, max(1 / MAX_SPEED, speed.value))

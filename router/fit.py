@@ -9,6 +9,7 @@ constants and do not throw them about.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from itertools import combinations
@@ -30,6 +31,11 @@ FARTHEST = 100.0
 PRIOR_WEIGHT = 0.05
 """What a configured point counts, against an observation."""
 MEAN_WINDOW = 31
+LEAST_RATIOS = 8
+SAME = math.log(1.1)
+"""Ratios this near to 1 are no difference, however sure."""
+SURE = 3.0
+"""Standard errors of the middle."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -125,3 +131,23 @@ class RobustMean:
         self._values.append(value)
         trusted = min(1.0, len(self._values) / 8)
         self.value = self._prior * (median(self._values) / self._prior) ** trusted
+
+
+class SureRatio:
+    """How many times the usual a stream of noisy ratios lies at: 1 unless they are sure of another.
+
+    Equal workers never measure equal. If their differences counted, the one that noise favours would
+    be sent everything that comes while all are idle.
+    """
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._logs: deque[float] = deque(maxlen=MEAN_WINDOW)
+
+    def learn(self, ratio: float) -> None:
+        """One observation, above zero."""
+        self._logs.append(math.log(ratio))
+        middle = median(self._logs)
+        spread = 1.4826 * median(abs(one - middle) for one in self._logs)
+        sure = len(self._logs) >= LEAST_RATIOS and abs(middle) > SAME + SURE * spread / math.sqrt(len(self._logs))
+        self.value = math.exp(middle) if sure else 1.0

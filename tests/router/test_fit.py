@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.fit import MEAN_WINDOW, WINDOW, RobustFit, RobustMean
+from router.fit import MEAN_WINDOW, WINDOW, RobustFit, RobustMean, SureRatio
 
 PRIOR = (0.05, 4.0, 0.5)
 POINTS = [(1.0, 0.001, 0.0000005), (1.0, 1.0, 0.5), (1.0, 8.0, 32.0)]
@@ -181,3 +183,26 @@ def test_a_tenth_of_nonsense_does_not_move_a_mean_out_of_the_others_range(values
         mean.learn(one)
 
     assert min(values) <= mean.value <= max(values)
+
+
+@given(st.integers(0, 10_000), st.floats(0.05, 0.5))
+def test_equal_workers_are_hardly_ever_told_apart_by_noise(seed: int, noise: float) -> None:
+    chance = random.Random(seed)
+    told_apart = 0
+    for _ in range(20):
+        ratio = SureRatio()
+        for _ in range(31):
+            ratio.learn(math.exp(chance.gauss(0, noise)))
+        told_apart += ratio.value != 1.0
+    assert told_apart <= 5
+
+
+@pytest.mark.parametrize("truth", [0.5, 1.3, 2.0, 7.0])
+def test_a_worker_that_is_truly_slower_or_faster_is_known_as_such(truth: float) -> None:
+    chance, ratio = random.Random(1), SureRatio()
+    for _ in range(7):
+        ratio.learn(truth)
+        assert ratio.value == 1.0
+    for _ in range(31):
+        ratio.learn(truth * math.exp(chance.gauss(0, 0.1)))
+    assert ratio.value == pytest.approx(truth, rel=0.1)
