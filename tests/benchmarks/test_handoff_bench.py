@@ -19,6 +19,8 @@ from benchmarks.ways.registry import missing
 SMALL = Cell(3, 16384)
 WAYS = ["shm", "shm-staged", "tcp", "sockets"]
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(autouse=True)
 def few_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:

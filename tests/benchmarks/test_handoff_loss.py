@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.handoff_loss import Case, lose
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.parametrize("moment", ["idle", "writing"])
 @pytest.mark.parametrize(("victim", "transport"), [("prefill", "shm"), ("decode", "tcp")])

@@ -24,6 +24,8 @@ from router.server import listen
 from transfer.auth import ClusterKey
 from transfer.wire import Role
 
+pytestmark = pytest.mark.thorough
+
 TokenizerFolder = Callable[[str], Path]
 PREFIX = list(range(2300))
 END_TOKENS = 20
