@@ -402,6 +402,9 @@ def test_tcp_lets_nobody_write_a_page_twice_or_one_that_is_not_expected() -> Non
                 with pytest.raises(RouteLost, match="wanted pages that are missing"):
                     await ends.landing.landed(1)
                 assert ends.untouched(neighbours(8, 10))
+                async with asyncio.timeout(5):
+                    while not ends.host.reasons:  # the loop tells of it after the lane's thread did
+                        await asyncio.sleep(0.01)
                 assert "wanted pages that are missing" in ends.host.reasons[0]
 
     run(work())
