@@ -28,7 +28,7 @@ HUBER = 1.5
 """Robust standard deviations within which an observation counts whole."""
 FARTHEST = 100.0
 """No observation counts as more times too long than this."""
-PRIOR_WEIGHT = 0.05
+PRIOR_WEIGHT = 0.3
 """What a configured point counts, against an observation."""
 MEAN_WINDOW = 31
 LEAST_RATIOS = 8

@@ -158,3 +158,13 @@ def test_nothing_is_learned_where_that_is_switched_off_or_the_observation_says_n
         assert dict(model.constants()) == dict(CostModel(CONFIG).constants())
         assert not dict(model.slowness())
         assert not list(model.bandwidths())
+
+
+def test_a_few_observations_of_short_prompts_say_little_of_long_ones() -> None:
+    model = CostModel(CostConfig())
+    seen = [(658, 658, 3.5), (16, 656, 0.77), (16, 656, 0.8), (27, 683, 0.98), (41, 697, 1.09), (31, 687, 0.96)]
+    for uncached, context, seconds in [*seen, (36, 708, 1.05), (50, 738, 1.07)]:
+        model.learn_prefill("p0", Work.of(uncached, context), seconds)
+
+    assert model.prefill_s("", 30, 700) == pytest.approx(1.0, rel=0.2)
+    assert 20 < model.prefill_s("", 8000, 8000) < 100  # by the same few it might be 250
