@@ -29,6 +29,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from benchmarks import report
 from benchmarks.replay.outcome import Outcome
 from benchmarks.replay.row import replay
@@ -104,21 +106,12 @@ def cells(folder: Path, workers: Sequence[int] = WORKERS) -> list[Cell]:
 
 def beginning(trace: Trace, requests: int, lanes: int) -> Trace:
     """About so many requests: the first ones, or of twice as many sessions as there are lanes the first turns."""
-    if trace.closed:
-        sessions = trace.sessions[: 2 * lanes]
-        turns = max(1, requests // len(sessions))
-        kept = [Session(session.id, session.turns[:turns]) for session in sessions]
-    else:
+    if not trace.closed:
         wanted = {turn.number for _, _, turn in trace.arrivals()[:requests]}
-        kept = [
-            Session(session.id, [turn for turn in session.turns if turn.number in wanted]) for session in trace.sessions
-        ]
-    return Trace(
-        name=trace.name,
-        synthetic=trace.synthetic,
-        page_tokens=trace.page_tokens,
-        sessions=[session for session in kept if session.turns],
-    )
+        return trace.only(lambda turn: turn.number in wanted)
+    sessions = trace.sessions[: 2 * lanes]
+    turns = max(1, requests // len(sessions))
+    return msgspec.structs.replace(trace, sessions=[Session(one.id, one.turns[:turns]) for one in sessions])
 
 
 def is_stable(outcome: Outcome, closed: bool) -> bool:

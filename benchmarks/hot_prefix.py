@@ -25,10 +25,12 @@ from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from benchmarks import report
-from benchmarks.replay.cluster import Cluster, _Request
+from benchmarks.replay.cluster import Cluster
 from benchmarks.replay.outcome import Outcome
 from benchmarks.replay.scenario import USUAL, Scenario
+from benchmarks.replay.virtual_router import VirtualRouter
 from benchmarks.traces.trace import Session, Trace, Turn
+from router.decision import Decision
 from router.policies import POLICIES
 from transfer.pages import chain_ids
 
@@ -74,7 +76,7 @@ class HotCluster(Cluster):
     """A cluster that clients begin with one after the other, and that counts why requests went where they did."""
 
     def __init__(self, scenario: Scenario, policy: str) -> None:
-        super().__init__(scenario, policy)
+        super().__init__(scenario, policy, watch=self._count)
         self.decisions: Counter[str] = Counter()
         """Requests by the first word of their decision's reason."""
 
@@ -102,10 +104,8 @@ class HotCluster(Cluster):
             begin(trace.sessions, 0.0, 0.0)
         return self._finish()
 
-    def _first_token(self, request: _Request, at_s: float) -> None:
-        if request.first_s is None:
-            self.decisions[request.flight.decision.reason.split()[0].rstrip(":")] += 1
-        super()._first_token(request, at_s)
+    def _count(self, router: VirtualRouter, session: Session, turn: Turn, decision: Decision, now_s: float) -> None:
+        self.decisions[decision.kind] += 1
 
 
 def workload(clients: int, page_tokens: int, start: Start) -> Trace:

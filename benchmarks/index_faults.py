@@ -43,7 +43,6 @@ from benchmarks.replay.outcome import Outcome
 from benchmarks.replay.scenario import Scenario, speed_of
 from benchmarks.replay.virtual_router import VirtualRouter
 from benchmarks.traces.arrivals import spread
-from benchmarks.traces.load import load
 from benchmarks.traces.trace import Session, Trace, Turn
 from router.decision import Decision
 from router.pair_cost import PairCost
@@ -288,11 +287,15 @@ class FaultyRun:
 
 def measure(trace: Trace, scenario: Scenario, faults: Faults, window_s: float = WINDOW_S) -> dict[str, Any]:
     """One row. The faults begin after a third of the trace, and go on for another third at most."""
-    third_s = trace.arrivals()[-1][0] / 3
+    third_s = _third_s(trace)
     if faults.spread:
         trace = spread(trace)
     run = FaultyRun(scenario, faults, third_s, third_s + min(window_s, third_s))
     return run.row(run.replayed(trace))
+
+
+def _third_s(trace: Trace) -> float:
+    return trace.arrivals()[-1][0] / 3
 
 
 def _times(first_s: float, end_s: float, period_s: float) -> Iterator[float]:
@@ -314,15 +317,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("trace", type=Path, metavar="TRACE", help=f"a file, or a folder with {TRACE}.jsonl")
     options = parser.parse_args(words)
     try:
-        (file,) = suite.files(options.trace, (TRACE,)) if options.trace.is_dir() else (options.trace,)
-        trace = load(file)
-        third_s = trace.arrivals()[-1][0] / 3
+        trace = suite.open_loop(options.trace, TRACE)
     except (OSError, ValueError) as error:
         print(f"index_faults: {error}", file=sys.stderr)
         return 2
     scenario = Scenario(
         workers=WORKERS, capacity_tokens=CAPACITY_TOKENS, speed=speed_of(trace), page_tokens=trace.page_tokens
     )
+    third_s = _third_s(trace)
     rows = []
     for faults in (*ROWS, *(replace(faults, spread=True) for faults in ROWS)):
         report.progress(f"{faults.name}{', spread' if faults.spread else ''}")

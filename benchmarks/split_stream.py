@@ -29,7 +29,6 @@ from benchmarks.replay.cluster import Cluster
 from benchmarks.replay.scenario import Scenario, speed_of
 from benchmarks.replay.virtual_router import VirtualRouter
 from benchmarks.traces.arrivals import spread
-from benchmarks.traces.load import load
 from benchmarks.traces.trace import Session, Trace, Turn
 from router.decision import Decision
 from router.pair_cost import PairCost
@@ -136,9 +135,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("trace", type=Path, metavar="TRACE", help=f"a file, or a folder with {TRACE}.jsonl")
     options = parser.parse_args(words)
     try:
-        (file,) = suite.files(options.trace, (TRACE,)) if options.trace.is_dir() else (options.trace,)
-        trace = load(file)
-        trace.arrivals()
+        trace = suite.open_loop(options.trace, TRACE)
     except (OSError, ValueError) as error:
         print(f"split_stream: {error}", file=sys.stderr)
         return 2

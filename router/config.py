@@ -58,7 +58,8 @@ class CostConfig(BaseModel):
     decode_request_s: Annotated[float, Field(ge=0)] = 0.02
     """What one more running request costs those on the same decode worker."""
     tie_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Pairs whose costs differ by less than this fraction are equals: a page in common does not gather all traffic."""
+    """Pairs are equals whose costs differ by less than this fraction of what the whole prompt would cost: a page in
+    common does not gather all traffic."""
     hot_requests: Annotated[int, Field(ge=1)] = 2
     """A prefix that more requests than this use at once, for each worker that holds it, is copied to one more."""
     copy_tokens: Annotated[int, Field(ge=0)] = 8192

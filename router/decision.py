@@ -63,6 +63,11 @@ class Decision:
         return self.pick.reason
 
     @property
+    def kind(self) -> str:
+        """The first word of the reason: it has no numbers and no names, of which there is no end."""
+        return self.reason.partition(" ")[0].rstrip(":,")
+
+    @property
     def prompt_tokens(self) -> int:
         return self.pairs.ask.prompt_tokens
 
@@ -79,7 +84,7 @@ class Decision:
     @cached_property
     def uncached_tokens(self) -> int:
         """What the prefill worker is expected to compute: more than it is said to lack, where that is not sure."""
-        return int(self.pairs.lacking_tokens[self.pairs.prefills.index(self.pick.prefill)])
+        return int(self.pairs.lacking_tokens[self.pairs.row(self.pick.prefill)])
 
     @cached_property
     def cache_choice(self) -> str:

@@ -208,7 +208,6 @@ class Dispatcher:
             outcome = Outcome.OK
         except LegFailed as error:
             outcome, failed = Outcome.ERROR, error
-            self._suspect(run, error)
             log.warning("request failed rid=%s worker=%s fault=%s", rid, failed.worker, failed.fault)
         finally:
             # Also where the task itself is cancelled, at shutdown.
@@ -243,10 +242,9 @@ class Dispatcher:
         prefill: asyncio.Task[None] | None = None
         if handoff is not None:
             self._ledger.expect(run.record, handoff.room, len(engine_rids(run.request, run.rid)))
-            prefill = asyncio.create_task(
-                self._prefill(run, leg_body(run.request, run.rid, ids, handoff, keep_stream=False))
-            )
-        decode = asyncio.create_task(self._decode(run, ids, handoff, client, prefill))
+            body = leg_body(run.request, run.rid, ids, handoff, keep_stream=False)
+            prefill = asyncio.create_task(self._leg(run, self._prefill(run, body)))
+        decode = asyncio.create_task(self._leg(run, self._decode(run, ids, handoff, client, prefill)))
         gone = asyncio.create_task(client.gone())
         tasks = {task for task in (prefill, decode, gone) if task is not None}
         ended_well = False
@@ -287,6 +285,14 @@ class Dispatcher:
             if run.lost in done:
                 name = run.lost.result()
                 raise LegFailed(name, Fault.LOST, f"{name} was lost")
+
+    async def _leg(self, run: _Run, leg: Coroutine[None, None, None]) -> None:
+        """One of the two, whose failure is its worker's also where the other one's ends the request."""
+        try:
+            await leg
+        except LegFailed as failed:
+            self._suspect(run, failed)
+            raise
 
     async def _prefill(self, run: _Run, body: bytes) -> None:
         """The prefill leg: its 200 means that the pages were delivered."""

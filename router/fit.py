@@ -29,7 +29,7 @@ HUBER = 1.5
 FARTHEST = 100.0
 """No observation counts as more times too long than this."""
 PRIOR_WEIGHT = 0.3
-"""What a configured point counts, against an observation."""
+"""What the error of a configured point counts, against an observation's."""
 MEAN_WINDOW = 31
 LEAST_RATIOS = 8
 SAME = math.log(1.1)

@@ -21,22 +21,19 @@ import zmq
 import zmq.asyncio
 
 from router.audit import Audits
-from router.fleet import FeedMode, Fleet
+from router.fleet import Fleet
 from router.index import Index
-from router.sequence import Sequence, Step
+from router.mirror import Mirror
+from router.sequence import Step
 from transfer.auth import ClusterKey
 from transfer.ended import Ended
 from transfer.undecodable import UNDECODABLE
 from transfer.wire import (
     Audit,
     Batch,
-    Cleared,
-    PageEvent,
     PageMessage,
     Published,
     Registration,
-    Removed,
-    Stored,
     decode_page_message,
     decode_published,
     encode,
@@ -53,8 +50,6 @@ TURN_MESSAGES = 64
 CLOSE_S = 2.0
 AUDIT_SHARE = 0.02
 """Of this process's time, what audits may take: with many workers and many pages each is looked at less often."""
-ROOM = 0.9
-"""An index that is filled no further than this has dropped nothing for want of room."""
 HEARTBEAT_S = 1.0
 """A connection without a sign of life for three times as long is dropped and made anew: TCP alone would wait on."""
 
@@ -63,7 +58,7 @@ Message = TypeVar("Message", PageMessage, Published)
 
 @dataclass(frozen=True)
 class _Feed:
-    sequence: Sequence
+    mirror: Mirror
     task: asyncio.Task[None]
 
 
@@ -112,13 +107,13 @@ class Follower:
     def registered(self, registration: Registration) -> None:
         """Starts to follow this epoch of the worker, or takes note of how far it says it is."""
         feed = self._feeds.get(registration.worker)
-        if feed is not None and (feed.task.done() or feed.sequence.epoch < registration.epoch):
+        if feed is not None and (feed.task.done() or feed.mirror.sequence.epoch < registration.epoch):
             self.forget(registration.worker)
             feed = None
         if feed is None:
             feed = self._start(registration)
-        if feed.sequence.epoch == registration.epoch:
-            feed.sequence.announced(registration.sequence, registration.audit_s)
+        if feed.mirror.sequence.epoch == registration.epoch:
+            feed.mirror.sequence.announced(registration.sequence, registration.audit_s)
 
     def forget(self, name: str) -> None:
         """Stops following the worker and drops its pages."""
@@ -128,12 +123,11 @@ class Follower:
         self._index.forget(name)
 
     def _start(self, registration: Registration) -> _Feed:
-        sequence = Sequence(registration.epoch)
-        self._audits.began(registration.worker)
-        task = asyncio.create_task(self._follow(registration, sequence), name=registration.worker)
+        mirror = Mirror(registration.worker, registration.epoch, self._index, self._audits)
+        task = asyncio.create_task(self._follow(registration, mirror), name=registration.worker)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-        feed = _Feed(sequence, task)
+        feed = _Feed(mirror, task)
         self._feeds[registration.worker] = feed
         return feed
 
@@ -143,8 +137,8 @@ class Follower:
             # The next registration starts it again, from nothing.
             log.error("feed ended worker=%s error=%r", task.get_name(), error)
 
-    async def _follow(self, registration: Registration, sequence: Sequence) -> None:
-        name, turn = registration.worker, _Turn()
+    async def _follow(self, registration: Registration, mirror: Mirror) -> None:
+        sequence, turn = mirror.sequence, _Turn()
         live, replay = self._context.socket(zmq.SUB), self._context.socket(zmq.DEALER)
         try:
             for socket in (live, replay):
@@ -159,17 +153,17 @@ class Follower:
             poller = zmq.asyncio.Poller()
             poller.register(live, zmq.POLLIN)
             poller.register(replay, zmq.POLLIN)
-            await self._take(name, sequence, sequence.start(self._clock_s()), replay)
+            await self._take(mirror, sequence.start(self._clock_s()), replay)
             while True:
                 readable = dict(await poller.poll(timeout=int(TICK_S * 1000)))
                 for socket in readable:
                     if socket is live:
-                        for said in await self._received(name, live, decode_published):
-                            await self._take(name, sequence, self._heard(name, sequence, said, turn), replay)
+                        for said in await self._received(mirror.worker, live, decode_published):
+                            await self._take(mirror, self._heard(mirror, said, turn), replay)
                     else:
-                        for part in await self._received(name, replay, decode_page_message):
-                            await self._take(name, sequence, sequence.answered(part, self._clock_s()), replay)
-                await self._take(name, sequence, sequence.tick(self._clock_s()), replay)
+                        for part in await self._received(mirror.worker, replay, decode_page_message):
+                            await self._take(mirror, sequence.answered(part, self._clock_s()), replay)
+                await self._take(mirror, sequence.tick(self._clock_s()), replay)
         finally:
             live.close(linger=0)
             replay.close(linger=0)
@@ -196,8 +190,8 @@ class Follower:
                 log.warning("page message of another worker wanted=%s found=%s", name, message.worker)
         return messages
 
-    def _heard(self, name: str, sequence: Sequence, said: Published, turn: _Turn) -> Step:
-        now_s = self._clock_s()
+    def _heard(self, mirror: Mirror, said: Published, turn: _Turn) -> Step:
+        name, sequence, now_s = mirror.worker, mirror.sequence, self._clock_s()
         match said:
             case Batch():
                 return sequence.live(said, now_s)
@@ -206,48 +200,29 @@ class Follower:
                 if not 0 <= said.residue < said.modulus:
                     log.warning("audit refused worker=%s modulus=%d residue=%d", name, said.modulus, said.residue)
                 elif now_s >= turn.next_s and sequence.stands_at(said.epoch, said.sequence):
-                    return self._compare(name, sequence, said, turn, now_s)
+                    return self._compare(mirror, said, turn, now_s)
                 return step
         for ended in said.ended:
             self._handed_over(said.worker, ended)
         return Step()
 
-    def _compare(self, name: str, sequence: Sequence, audit: Audit, turn: _Turn, now_s: float) -> Step:
-        known = self._index.sample(name, audit.modulus, audit.residue)
-        # Pages that found no room are missing rightly. So are none while there is some: those came in disorder, or
-        # after a page that was dropped by mistake.
-        room = self._index.complete(name) or self._index.fill < ROOM
-        heal = self._audits.compared(name, set(audit.ids), known, room, now_s)
+    def _compare(self, mirror: Mirror, audit: Audit, turn: _Turn, now_s: float) -> Step:
+        step = mirror.compared(audit, now_s)
         turn.next_s = now_s + (self._clock_s() - now_s) * len(self._feeds) / AUDIT_SHARE
-        if not heal:
-            return Step()
-        agreement = self._audits[name].agreement
-        log.warning("pages differ worker=%s sequence=%d agreement=%.3f", name, audit.sequence, agreement)
-        return sequence.refuted(now_s)
+        if step.ask is not None:
+            agreement = self._audits[mirror.worker].agreement
+            log.warning("pages differ worker=%s sequence=%d agreement=%.3f", mirror.worker, audit.sequence, agreement)
+        return step
 
-    async def _take(self, name: str, sequence: Sequence, step: Step, replay: zmq.asyncio.Socket) -> None:
-        for event in step.events:
-            self._apply(name, event)
+    async def _take(self, mirror: Mirror, step: Step, replay: zmq.asyncio.Socket) -> None:
+        name = mirror.worker
+        mirror.apply(step.events)
         worker = self._fleet.get(name)
-        if worker is not None and worker.registration.epoch <= sequence.epoch and not worker.lost:
-            worker.mode = self._mode(name, sequence)
+        if worker is not None and worker.registration.epoch <= mirror.sequence.epoch and not worker.lost:
+            worker.mode = mirror.mode(self._clock_s())
         if step.ask is not None:
             log.info("asking for pages worker=%s epoch=%d after=%d", name, step.ask.epoch, step.ask.sequence)
             try:
                 await replay.send(encode(step.ask), zmq.NOBLOCK)
             except zmq.Again:
                 log.warning("page request not sent worker=%s", name)
-
-    def _mode(self, name: str, sequence: Sequence) -> FeedMode:
-        mode = sequence.mode(self._clock_s())
-        sound = self._index.complete(name) and self._audits[name].trusted
-        return FeedMode.APPROXIMATE if mode is FeedMode.EXACT and not sound else mode
-
-    def _apply(self, name: str, event: PageEvent) -> None:
-        match event:
-            case Stored():
-                self._index.stored(name, event.parent, event.depth, event.ids, event.tier)
-            case Removed():
-                self._index.removed(name, event.ids, event.tier)
-            case Cleared():
-                self._index.cleared(name)

@@ -64,8 +64,7 @@ class Metrics:
 
 
 def _kind(record: Record) -> str:
-    """The reason without its numbers and names, of which there is no end."""
-    return "unrendered" if record.unrendered else record.decision.reason.partition(" ")[0].rstrip(":,")
+    return "unrendered" if record.unrendered else record.decision.kind
 
 
 class _Collector:

@@ -1,7 +1,7 @@
 """Our policy: the pair that costs the least, a hot prefix on as many workers as it needs.
 
 Pairs whose cost is above the least by no more than `tie_fraction` of what the whole prompt costs
-are equals: then the prefill worker that was sent the fewest uncached tokens lately gets the request
+are equals: then the prefill worker that was sent the fewest tokens lately gets the request
 (where nobody holds any of the prompt, of those with the shortest wait), then the decode worker with
 the fewest tokens in flight, and then a hash of seed and request decides. So idle workers fill
 evenly, a page that all prompts share gathers nothing, and none gets more because of its name.

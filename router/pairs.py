@@ -3,8 +3,8 @@
     cost(p, d) = wait(p) + alpha * prefill(p) + transfer(p, d) + pressure(d)
 
 The terms are computed when somebody first asks: most baselines never do, and they are what a
-request's explanation shows whoever chose. Lists and not arrays: of a few dozen workers, making the
-arrays takes longer than the arithmetic.
+request's explanation shows whoever chose. What is of one worker stands in lists: of a few dozen, making
+arrays takes longer than the arithmetic. What is of a pair is a matrix: of a few dozen, there are thousands.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from router.bandwidths import Floats
 from router.cost import CostModel
-from router.policy import Ask, DecodeView, NoWorker, PrefillView, usable_pages
+from router.policy import Ask, DecodeView, NoWorker, PrefillView, usable_tokens
 
 
 class Pairs:
@@ -44,16 +44,18 @@ class Pairs:
 
     def matched_tokens(self, prefill: PrefillView) -> int:
         """Leading tokens of the prompt that this worker need not compute, or is computing for somebody else."""
-        ask = self.ask
-        pages = usable_pages(max(prefill.held_pages, prefill.expected_pages), ask.prompt_tokens, ask.page_tokens)
-        return pages * ask.page_tokens
+        return self.matched[self.row(prefill)]
+
+    def row(self, prefill: PrefillView) -> int:
+        """Where this worker stands in the lists."""
+        return self.prefills.index(prefill)
 
     @cached_property
     def matched(self) -> list[int]:
         """`matched_tokens` of every prefill worker."""
         page_tokens = self.ask.page_tokens
-        usable = (self.ask.prompt_tokens - 1) // page_tokens
-        return [page_tokens * max(0, min(usable, max(view.held_pages, view.expected_pages))) for view in self.prefills]
+        most = usable_tokens(self._prompt_pages, self.ask.prompt_tokens, page_tokens)
+        return [min(most, page_tokens * max(view.held_pages, view.expected_pages)) for view in self.prefills]
 
     @cached_property
     def longest(self) -> int:
@@ -139,8 +141,6 @@ class Pairs:
         return max(0, self._prompt_pages - decode.held_pages)
 
     def _counted(self, view: PrefillView, matched: int) -> float:
-        if view.trust == 1.0 or not matched:
-            return matched
         if view.expected_pages > view.held_pages:
             return matched if view.trust else 0
         return matched * view.trust

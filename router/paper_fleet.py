@@ -17,7 +17,7 @@ from router.expected import Expected
 from router.fleet import Recent
 from router.page_lru import PageLru
 from router.pairs import Pairs
-from router.policy import Ask, DecodeView, Policy, PrefillView, usable_pages
+from router.policy import Ask, DecodeView, Policy, PrefillView, usable_tokens
 
 _NOBODY = DecodeView(name="paper")
 
@@ -89,8 +89,7 @@ class PaperFleet:
 
     def _send(self, ask: Ask, view: PrefillView) -> Placed:
         worker = self._workers[view.name]
-        cached_pages = usable_pages(view.held_pages, ask.prompt_tokens, ask.page_tokens)
-        cached_tokens = cached_pages * ask.page_tokens
+        cached_tokens = usable_tokens(view.held_pages, ask.prompt_tokens, ask.page_tokens)
         uncached_tokens = ask.prompt_tokens - cached_tokens
         begins_s = max(ask.now_s, worker.free_at_s)
         self.requests += 1

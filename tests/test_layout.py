@@ -54,6 +54,7 @@ PURE = [
         for name in (
             "answer",
             "audit",
+            "bandwidths",
             "cost",
             "decision",
             "expected",
@@ -65,6 +66,7 @@ PURE = [
             "index",
             "leaf_order",
             "ledger",
+            "mirror",
             "openai",
             "page_lru",
             "page_table",

@@ -19,20 +19,17 @@ import msgspec
 from engine.journal import Journal
 from engine.sim import SimWorker
 from router.audit import Audits
-from router.fleet import FeedMode, Fleet
+from router.fleet import Fleet
 from router.index import Index
-from router.sequence import Sequence, Step
+from router.mirror import Mirror
+from router.sequence import Step
 from transfer.wire import (
     Audit,
     Batch,
-    Cleared,
     Handoffs,
-    PageEvent,
     PageRequest,
     Published,
     Registration,
-    Removed,
-    Stored,
     decode_page_message,
     decode_page_request,
     decode_published,
@@ -108,12 +105,12 @@ class Feed:
 
     def __post_init__(self) -> None:
         self.name = self.source.worker.name
-        self.sequence = Sequence(self.source.journal.epoch)
+        self._mirror = Mirror(self.name, self.source.journal.epoch, self.index, self.audits)
+        self.sequence = self._mirror.sequence
 
     def start(self, now_s: float) -> None:
         """First contact."""
         self.source.feeds.append(self)
-        self.audits.began(self.name)
         self._take(self.sequence.start(now_s), now_s)
 
     def close(self) -> None:
@@ -140,28 +137,17 @@ class Feed:
             case Audit() as audit:
                 self._take(self.sequence.reached(audit.epoch, audit.sequence, now_s), now_s)
                 if self.sequence.stands_at(audit.epoch, audit.sequence):
-                    self._compare(audit, now_s)
+                    self._take(self._mirror.compared(audit, now_s), now_s)
             case Handoffs():
                 """Simulated workers tell of none."""
 
-    def _compare(self, audit: Audit, now_s: float) -> None:
-        known = self.index.sample(self.name, audit.modulus, audit.residue)
-        heal = self.audits.compared(self.name, set(audit.ids), known, self.index.complete(self.name), now_s)
-        self._take(self.sequence.refuted(now_s) if heal else Step(), now_s)
-
     def _take(self, step: Step, now_s: float) -> None:
-        for event in step.events:
-            self._apply(event)
+        self._mirror.apply(step.events)
         worker = self.fleet.get(self.name)
         if worker is not None and not worker.lost:
-            worker.mode = self._mode(now_s)
+            worker.mode = self._mirror.mode(now_s)
         if step.ask is not None:
             self._ask(step.ask, now_s)
-
-    def _mode(self, now_s: float) -> FeedMode:
-        mode = self.sequence.mode(now_s)
-        sound = self.index.complete(self.name) and self.audits[self.name].trusted
-        return FeedMode.APPROXIMATE if mode is FeedMode.EXACT and not sound else mode
 
     def _ask(self, request: PageRequest, now_s: float) -> None:
         question = encode(request)
@@ -176,12 +162,3 @@ class Feed:
         for data in answer:
             if not self.closed:
                 self._take(self.sequence.answered(decode_page_message(data), now_s), now_s)
-
-    def _apply(self, event: PageEvent) -> None:
-        match event:
-            case Stored():
-                self.index.stored(self.name, event.parent, event.depth, event.ids, event.tier)
-            case Removed():
-                self.index.removed(self.name, event.ids, event.tier)
-            case Cleared():
-                self.index.cleared(self.name)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import msgspec
+
 from benchmarks.replay.cluster import ORACLE
 from benchmarks.replay.row import LANES, Row, measure
 from benchmarks.replay.scenario import Scenario, speed_of
 from benchmarks.traces.load import load
-from benchmarks.traces.trace import Session, Trace
+from benchmarks.traces.trace import Trace
 from router.policies import POLICIES
 
 TRACES = ("mooncake_conversation_trace", "SYNTHETIC_toolmix", "claude_code_sessions")
@@ -44,6 +46,14 @@ def files(folder: Path, wanted: Sequence[str] = TRACES) -> list[Path]:
             raise ValueError(f"--suite: wanted {name}.jsonl or {name}.jsonl.zst in {folder}, found none")
         found.append(candidates[0])
     return found
+
+
+def open_loop(path: Path, name: str) -> Trace:
+    """The trace in this file, or of this name in this folder. Raises OSError, and ValueError for a closed loop."""
+    (file,) = files(path, (name,)) if path.is_dir() else (path,)
+    trace = load(file)
+    trace.arrivals()
+    return trace
 
 
 def run(traces: Sequence[Path], policies: Sequence[str], processes: int, quick: bool) -> Iterator[Row]:
@@ -94,16 +104,6 @@ def _trace(file: Path, quick: bool) -> Trace:
 def first_part(trace: Trace, parts: int) -> Trace:
     """The first of so many equal parts: of its sessions, or of its time."""
     if trace.closed:
-        kept = list(trace.sessions[: max(1, len(trace.sessions) // parts)])
-    else:
-        end_s = trace.arrivals()[-1][0] / parts
-        kept = [
-            Session(session.id, [turn for turn in session.turns if turn.at_s is not None and turn.at_s <= end_s])
-            for session in trace.sessions
-        ]
-    return Trace(
-        name=trace.name,
-        synthetic=trace.synthetic,
-        page_tokens=trace.page_tokens,
-        sessions=[session for session in kept if session.turns],
-    )
+        return msgspec.structs.replace(trace, sessions=trace.sessions[: max(1, len(trace.sessions) // parts)])
+    end_s = trace.arrivals()[-1][0] / parts
+    return trace.only(lambda turn: turn.at_s is not None and turn.at_s <= end_s)

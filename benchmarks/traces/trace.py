@@ -8,7 +8,7 @@ One shape for every file format (`benchmarks.traces.load`), so that a replay kno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -52,6 +52,11 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def requests(self) -> int:
         return sum(len(session.turns) for session in self.sessions)
+
+    def only(self, wanted: Callable[[Turn], bool]) -> Trace:
+        """The same with these requests alone, and without sessions that have none of them."""
+        kept = [Session(one.id, [turn for turn in one.turns if wanted(turn)]) for one in self.sessions]
+        return msgspec.structs.replace(self, sessions=[session for session in kept if session.turns])
 
     def arrivals(self) -> list[tuple[float, Session, Turn]]:
         """Every request with its time, earliest first. Raises ValueError for a closed loop."""

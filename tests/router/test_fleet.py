@@ -6,25 +6,8 @@ import msgspec
 import pytest
 
 from router.fleet import FORGET_S, MAX_LEFT, RECENT_HALF_LIFE_S, SUSPECT_S, Change, Fleet
-from transfer.wire import Load, Registration, Role
-
-
-def registration(name: str, role: Role = "prefill", epoch: int = 1) -> Registration:
-    return Registration(
-        worker=name,
-        epoch=epoch,
-        role=role,
-        state="ready",
-        url="http://127.0.0.1:1",
-        events="",
-        replay="",
-        model="tiny",
-        page_tokens=16,
-        kv_dtype="float32",
-        capacity_tokens=1000,
-        max_context_tokens=1000,
-        lease_s=5.0,
-    )
+from tests.router.registrations import registration
+from transfer.wire import Load
 
 
 @pytest.fixture

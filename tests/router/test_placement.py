@@ -10,28 +10,11 @@ from router.expected import GRACE_S
 from router.fleet import FeedMode, Fleet
 from router.gossip import Elsewhere
 from router.placement import Flight, Placement
-from transfer.wire import Registration, Role
+from tests.router.registrations import registration
 
 IDS = tuple(range(100, 160))
 TOKENS = 16 * len(IDS)
 COST = CostConfig(prefill_overhead_s=0.05, prefill_tokens_per_s=1000, context_halving_tokens=1e12)
-
-
-def registration(name: str, role: Role) -> Registration:
-    return Registration(
-        worker=name,
-        epoch=1,
-        role=role,
-        state="ready",
-        url="http://127.0.0.1:1",
-        events="",
-        replay="",
-        model="tiny",
-        page_tokens=16,
-        kv_dtype="float32",
-        capacity_tokens=100_000,
-        max_context_tokens=10_000,
-    )
 
 
 class Router:

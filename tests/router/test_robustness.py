@@ -20,9 +20,10 @@ from engine.journal import Journal
 from router.audit import Audits
 from router.fleet import FeedMode
 from router.index import Index
-from router.sequence import Sequence, Step
+from router.mirror import Mirror
+from router.sequence import Step
 from transfer.pages import chain_ids, root_id
-from transfer.wire import Batch, Cleared, PageEvent, PageMessage, PageRequest, Removed, Stored
+from transfer.wire import Audit, Batch, PageEvent, PageMessage, PageRequest, Removed, Stored
 
 WORKERS = 4
 CAPACITY_PAGES = 800
@@ -104,7 +105,7 @@ class World:
         self.workers = {f"p{n}": Worker(Journal(f"p{n}", 1)) for n in range(WORKERS)}
         self.index = Index(10**7)
         self.audits = Audits()
-        self.sequences: dict[str, Sequence] = {}
+        self.mirrors: dict[str, Mirror] = {}
         self.sent = dict.fromkeys(self.workers, 0)
         self.pages = self.hits = 0
         self.outcome = Outcome()
@@ -171,7 +172,7 @@ class World:
         worker = self.workers[name]
         if worker.down_until_s <= self.now_s:
             audit = worker.journal.audit(next(turns))
-            self.send(lambda: self._audited(name, audit.epoch, audit.sequence, audit.modulus, audit.residue, audit.ids))
+            self.send(lambda: self._audited(name, audit))
 
     def restart(self, name: str) -> None:
         self.outcome.restarts += 1
@@ -184,38 +185,28 @@ class World:
     # ---- the router, as its follower does it
 
     def _registered(self, name: str, epoch: int, announced: int) -> None:
-        sequence = self.sequences.get(name)
-        if sequence is None or sequence.epoch < epoch:
+        mirror = self.mirrors.get(name)
+        if mirror is None or mirror.sequence.epoch < epoch:
             self.index.forget(name)
-            self.audits.began(name)
-            sequence = self.sequences[name] = Sequence(epoch)
-            self._take(name, sequence.start(self.now_s))
-        if sequence.epoch == epoch:
-            sequence.announced(announced, AUDIT_S)
+            mirror = self.mirrors[name] = Mirror(name, epoch, self.index, self.audits)
+            self._take(name, mirror.sequence.start(self.now_s))
+        if mirror.sequence.epoch == epoch:
+            mirror.sequence.announced(announced, AUDIT_S)
 
     def _live(self, name: str, batch: Batch) -> None:
-        if name in self.sequences:
-            self._take(name, self.sequences[name].live(batch, self.now_s))
+        if name in self.mirrors:
+            self._take(name, self.mirrors[name].sequence.live(batch, self.now_s))
 
-    def _audited(self, name: str, epoch: int, at: int, modulus: int, residue: int, ids: list[int]) -> None:
-        if name not in self.sequences:
+    def _audited(self, name: str, audit: Audit) -> None:
+        if name not in self.mirrors:
             return
-        sequence = self.sequences[name]
-        self._take(name, sequence.reached(epoch, at, self.now_s))
-        if sequence.stands_at(epoch, at):
-            known = self.index.sample(name, modulus, residue)
-            if self.audits.compared(name, set(ids), known, True, self.now_s):
-                self._take(name, sequence.refuted(self.now_s))
+        mirror = self.mirrors[name]
+        self._take(name, mirror.sequence.reached(audit.epoch, audit.sequence, self.now_s))
+        if mirror.sequence.stands_at(audit.epoch, audit.sequence):
+            self._take(name, mirror.compared(audit, self.now_s))
 
     def _take(self, name: str, step: Step) -> None:
-        for event in step.events:
-            match event:
-                case Stored():
-                    self.index.stored(name, event.parent, event.depth, event.ids, event.tier)
-                case Removed():
-                    self.index.removed(name, event.ids, event.tier)
-                case Cleared():
-                    self.index.cleared(name)
+        self.mirrors[name].apply(step.events)
         if step.ask is not None:
             ask = step.ask
             self.send(lambda: self._answer(name, ask))
@@ -230,19 +221,15 @@ class World:
                 self.at(after_s, partial(self._answered, name, message))
 
     def _answered(self, name: str, message: PageMessage) -> None:
-        self._take(name, self.sequences[name].answered(message, self.now_s))
+        self._take(name, self.mirrors[name].sequence.answered(message, self.now_s))
 
     def tick(self) -> None:
-        for name, sequence in self.sequences.items():
-            self._take(name, sequence.tick(self.now_s))
+        for name, mirror in self.mirrors.items():
+            self._take(name, mirror.sequence.tick(self.now_s))
             self.outcome.modes.add(self._mode(name))
 
     def _mode(self, name: str) -> FeedMode:
-        if name not in self.sequences:
-            return FeedMode.LOAD_ONLY
-        mode = self.sequences[name].mode(self.now_s)
-        sound = self.index.complete(name) and self.audits[name].trusted
-        return FeedMode.APPROXIMATE if mode is FeedMode.EXACT and not sound else mode
+        return self.mirrors[name].mode(self.now_s) if name in self.mirrors else FeedMode.LOAD_ONLY
 
     def held(self, name: str) -> tuple[set[int], set[int]]:
         """What the worker holds, and what the index has for it."""
