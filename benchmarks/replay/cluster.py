@@ -85,9 +85,14 @@ class Cluster:
         gossip: bool = True,
         lost: Lost = _none_lost,
         watch: Watch = _unwatched,
+        learn: bool | None = None,
     ) -> None:
+        """learn  whether it is learned how long things take; None: where the policy counts seconds"""
         live = PairCost.name if policy == ORACLE else policy
-        section = RouterSection.model_validate({"policy": live, "cost": scenario.cost, "seed": scenario.seed})
+        # The others count no seconds: learning how long things take would cost a tenth of a replay, and change nothing.
+        learns = live == PairCost.name if learn is None else learn
+        cost = scenario.cost.model_copy(update={"learn": learns})
+        section = RouterSection.model_validate({"policy": live, "cost": cost, "seed": scenario.seed})
         self.workers = {name: SimWorker(name, config, epoch=1) for name, config in scenario.configs()}
         self.sources = {name: Source(worker, Journal(name, 1)) for name, worker in self.workers.items()}
         self.outcome = Outcome([name for name, worker in self.workers.items() if worker.config.role != "decode"])

@@ -156,6 +156,17 @@ def test_equal_inputs_and_seeds_give_equal_outcomes(model: str, closed: bool) ->
     assert replay(trace, scenario(), "mainstem", model, 2.0) == replay(trace, scenario(), "mainstem", model, 2.0)
 
 
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "mainstem"])
+def test_what_is_learned_changes_no_choice_of_the_others(policy: str) -> None:
+    """So that a replay of them need not learn, as the real router does."""
+    frozen, learning = (Cluster(scenario(3, 2, 2), policy, learn=learn) for learn in (None, True))
+
+    outcomes = [cluster.open_loop(open_trace(), 1.0) for cluster in (frozen, learning)]
+
+    assert outcomes[0] == outcomes[1]
+    assert [router.placement.model.config.learn for router in (*frozen.routers, *learning.routers)] == [False, True]
+
+
 def test_another_seed_gives_another_choice_among_equals() -> None:
     first = [
         next(iter(Cluster(replace(scenario(8), seed=seed), "mainstem").open_loop(open_trace(1), 1.0).sent))
