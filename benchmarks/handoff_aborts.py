@@ -32,7 +32,8 @@ from urllib.parse import urlsplit
 
 from benchmarks import report
 from benchmarks.bench_cluster import changed_config, run_main, running
-from benchmarks.reference import OUTPUT_TOKENS, Reference, find_references, generate, prompt_of
+from benchmarks.reference import OUTPUT_TOKENS, Reference, generate, prompt_of
+from benchmarks.undisturbed import undisturbed
 from engine.launch.cluster import Cluster
 
 KINDS = ("client", "prefill", "decode", "both")
@@ -87,10 +88,7 @@ def main() -> None:
     chooser = random.Random(options.seed)
     lengths = [chooser.randint(5, 400) for _ in range(prompts)]
     with tempfile.TemporaryDirectory(prefix="mainstem-aborts-") as folder:
-        with running(changed_config(Path(folder) / "alone.yaml", _alone), model=options.model) as cluster:
-            worker = cluster.plan.workers[0]
-            url = f"http://{worker.host}:{worker.port}"
-            references, replaced = find_references(url, worker.served_model, lengths)
+        references, replaced = undisturbed(Path(folder), options.model, lengths)
         together = changed_config(Path(folder) / "together.yaml", lambda tree: _together(tree, options.transport))
         with running(together, model=options.model) as cluster:
             tally = disturb(cluster, references, aborts, options.seed)
@@ -269,11 +267,6 @@ def post_text(url: str, path: str, body: dict[str, Any]) -> None:
     connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
     connection.getresponse().read()
     connection.close()
-
-
-def _alone(tree: dict[str, Any]) -> None:
-    """One worker that does both."""
-    tree |= {"name": "aborts-alone", "workers": [{"role": "both"}]}
 
 
 def _together(tree: dict[str, Any], transport: str) -> None:

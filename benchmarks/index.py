@@ -92,7 +92,7 @@ def decision(index: Index, workers: list[str], page_tokens: int) -> Decide:
         ids = chain_ids(ROOT, tokens, page_tokens)
         held = index.match(ids)
         held |= {decode: held[worker] for decode, worker in twins if worker in held}
-        prefills, decodes = fleet.candidates(0.0)
+        prefills, decodes = fleet.candidates()
         return placement.choose(prefills, decodes, held, ids, len(tokens), page_tokens, "", 0.0)
 
     return decide

@@ -12,6 +12,7 @@ worker, and knows nothing that the engine did not say.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -33,6 +34,7 @@ from transfer.courier import Courier
 from transfer.undecodable import UNDECODABLE
 
 log = logging.getLogger(__name__)
+_decode_registered = msgspec.json.Decoder(wire.Registered).decode
 
 ENGINE_TIMEOUT_S = 5.0
 """For a question to the engine of this worker."""
@@ -79,6 +81,13 @@ class Agent:
         self._courier: Courier | None = None
         self._renewing: asyncio.Task[None] | None = None
         self._ready = False
+        self._draining = False
+        self._hurry = asyncio.Event()
+        """Set where the routers are to hear of a change at once."""
+        self._moved_s: float | None = None
+        """When the scheduler last said that it moves; None: it does not tell."""
+        self._pools: wire.Pools | None = None
+        """What it had to give then."""
 
     def start(self) -> None:
         """Binds the sockets and begins to register. Raises OSError for a port in use."""
@@ -132,6 +141,8 @@ class Agent:
             except UNDECODABLE as error:
                 log.warning("burst of the scheduler refused: %s", error)
                 continue
+            if burst.moved is not None:
+                self._moved_s, self._pools = time.monotonic(), burst.moved
             if burst.events:
                 await publisher.send(wire.encode(self._journal.apply(burst.events)))
             if burst.ended:
@@ -166,7 +177,10 @@ class Agent:
                 if self._ready:
                     await self._look(session)
                 await asyncio.gather(*(self._register(session, router, False) for router in self._spec.routers))
-                await asyncio.sleep(max(0.0, self._spec.renew_s - (time.monotonic() - started_s)))
+                left_s = max(0.0, self._spec.renew_s - (time.monotonic() - started_s))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._hurry.wait(), left_s)
+                self._hurry.clear()
 
     async def _look(self, session: aiohttp.ClientSession) -> None:
         """Reads the engine's facts, once, and its load. An engine too busy to answer keeps its last ones."""
@@ -186,7 +200,9 @@ class Agent:
         )
 
     async def _ask(self, session: aiohttp.ClientSession, path: str) -> Any:
-        async with session.get(self._url + path, timeout=aiohttp.ClientTimeout(ENGINE_TIMEOUT_S)) as answer:
+        async with session.get(
+            _http(self._spec.host, self._spec.port) + path, timeout=aiohttp.ClientTimeout(ENGINE_TIMEOUT_S)
+        ) as answer:
             answer.raise_for_status()
             return await answer.json()
 
@@ -199,7 +215,9 @@ class Agent:
                 f"{router}/internal/register", data=body, headers=headers, timeout=timeout
             ) as answer:
                 problem = None if answer.status == 200 else f"{answer.status} {(await answer.text())[:200]}"
-        except (aiohttp.ClientError, TimeoutError) as error:
+                if problem is None:
+                    self._answered(_decode_registered(await answer.read()))
+        except (aiohttp.ClientError, TimeoutError, *UNDECODABLE) as error:
             problem = str(error) or "no answer in time"
         if self._said.get(router) != (problem is None):
             self._said[router] = problem is None
@@ -207,6 +225,12 @@ class Agent:
                 log.info("registered router=%s", router)
             else:
                 log.warning("not registered router=%s reason=%s", router, problem)
+
+    def _answered(self, answer: wire.Registered) -> None:
+        if answer.drain is not None and answer.drain is not self._draining:
+            self._draining = answer.drain
+            self._hurry.set()
+            log.info("draining" if answer.drain else "taking requests again")
 
     async def _say_goodbye(self) -> None:
         if self._renewing is not None:
@@ -216,18 +240,25 @@ class Agent:
         async with self._session() as session:
             await asyncio.gather(*(self._register(session, router, True) for router in self._spec.routers))
 
+    def _silent_s(self) -> float:
+        """Since the scheduler last moved; 0 until it takes requests, as it loads its model in one go."""
+        if self._facts is None or self._moved_s is None:
+            return 0.0
+        return round(time.monotonic() - self._moved_s, 1)
+
     def _registration(self, leaving: bool) -> wire.Registration:
         spec, facts = self._spec, self._facts
+        host, port, handoff_port, events_port, replay_port = spec.reached_at
         return wire.Registration(
             worker=spec.name,
             epoch=self._journal.epoch,
             role=spec.role,
-            state="ready" if facts is not None else "starting",
-            url=self._url,
-            handoff_host=spec.host if spec.role == "prefill" else "",
-            handoff_port=spec.handoff_port,
-            events=_tcp(spec.host, spec.events_port),
-            replay=_tcp(spec.host, spec.replay_port),
+            state="starting" if facts is None else "draining" if self._draining else "ready",
+            url=_http(host, port),
+            handoff_host=host if spec.role == "prefill" else "",
+            handoff_port=handoff_port if spec.role == "prefill" else 0,
+            events=_tcp(host, events_port),
+            replay=_tcp(host, replay_port),
             model=spec.served_model,
             page_tokens=facts.page_size if facts else spec.page_tokens,
             kv_dtype=_kv_dtype(facts) if facts else "",
@@ -236,21 +267,20 @@ class Agent:
             sequence=self._journal.sequence,
             held_pages=len(self._journal.held),
             audit_s=spec.audit_s,
-            load=self._load,
+            load=msgspec.structs.replace(self._load, silent_s=self._silent_s(), pools=self._pools),
             handoffs=list(self._handoffs.values()),
             lease_s=LEASE_RENEWALS * spec.renew_s,
             leaving=leaving,
         )
 
-    @property
-    def _url(self) -> str:
-        host = f"[{self._spec.host}]" if ":" in self._spec.host else self._spec.host
-        return f"http://{host}:{self._spec.port}"
-
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[aiohttp.ClientSession]:
         async with aiohttp.ClientSession(trust_env=False) as session:
             yield session
+
+
+def _http(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _tcp(host: str, port: int) -> str:

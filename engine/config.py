@@ -61,6 +61,10 @@ class WorkerGroup(BaseModel):
     """Address that the workers' ports listen on. One of this machine."""
     port_base: Annotated[int | None, Field(ge=1024, le=65_000, strict=True)] = None
     """First of four ports in a row for each worker (HTTP, hand-off, events, replay). Default: free ones are chosen."""
+    advertise_host: str = ""
+    """Where routers and other workers reach the workers, where that is not `host`: something forwards the ports."""
+    advertise_base: Annotated[int | None, Field(ge=1024, le=65_000, strict=True)] = None
+    """First of four ports in a row there for each worker, in the order of `port_base`. Default: its own ports."""
     engine: Flags = {}
     """SGLang flags for this group; they replace those of the same name in the cluster's `engine:`."""
     environment: Variables = {}

@@ -163,6 +163,13 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
             self.sender = Sender(pool, key, worker=spec.name, epoch=epoch, transports=transports, deadlines=deadlines)
             self.sender.listen(spec.host, spec.handoff_port)
 
+    @property
+    def rooms(self) -> int:
+        """Hand-offs that SGLang has not forgotten yet, or whose other side has spoken alone."""
+        side = self.sender or self.receiver
+        assert side is not None, "one of the two is made"
+        return side.rooms
+
     def register_to_bootstrap(self) -> None:
         """Nobody to register with: the router tells decode where prefill listens."""
 
@@ -230,15 +237,21 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
         return KVTransferMetric(transfer_total_bytes=self._sender.sent_bytes(self._room))
 
     def failure_exception(self) -> None:
-        raise HandoffFailed(self._refused or self._sender.reason(self._room))
+        """SGLang asks once, and does not always call `clear` after it: not for a request that had not begun to send."""
+        reason = self._refused or self._sender.reason(self._room)
+        self.clear()
+        raise HandoffFailed(reason)
 
     def clear(self) -> None:
         if not self._refused:
             self._sender.forget(self._room)
 
     def abort(self) -> None:
+        """Also for a request that waits to be computed, of which SGLang asks nothing any more. Of others it asks in its
+        next ticks, and hears that they failed: the sender remembers that for longer."""
         if not self._refused:
             self._sender.fail(self._room, "request aborted")
+            self._sender.forget(self._room)
 
 
 class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]

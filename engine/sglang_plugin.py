@@ -26,11 +26,12 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import DISAGG_TRANSFER_BACKEND_CHOICES, add_disagg_transfer_backend_choices
 
-from engine import sglang_cpu, sglang_polls
+from engine import sglang_cpu, sglang_polls, sglang_token_ids
 from engine.outbox import Outbox
 from engine.page_events import PageEvents
 from engine.spec import EPOCH_VARIABLE, SPEC_VARIABLE, WorkerSpec, page_socket
 from transfer.pool import SharedArena
+from transfer.wire import Pools
 
 BACKEND = "mainstem"
 
@@ -49,9 +50,12 @@ def register() -> None:
     transferring, waiting = decode + "DecodeTransferQueue.", decode + "DecodePreallocQueue."
     HookRegistry.register(transferring + "_commit_transfer_to_req", hooks.committed, HookType.AFTER)
     HookRegistry.register(waiting + "resume_retracted_reqs", hooks.resumed, HookType.AFTER)
+    scheduler = "sglang.srt.managers.scheduler.Scheduler."
+    HookRegistry.register(scheduler + "process_input_requests", hooks.moved, HookType.AFTER)
     HookRegistry.register(events + "_record_store_event", hooks.stored, HookType.AROUND)
     HookRegistry.register(events + "_record_remove_event", hooks.removed, HookType.AROUND)
     HookRegistry.register(events + "_record_all_cleared_event", hooks.cleared, HookType.AROUND)
+    sglang_token_ids.register()
     sglang_polls.apply()
     sglang_cpu.apply()
 
@@ -154,6 +158,11 @@ class WorkerHooks:
             for request in requests:
                 request.last_node = queue.tree_cache.root_node
 
+    def moved(self, _nothing: None, scheduler: Any, *_requests: Any) -> None:
+        """The scheduler's loop has come round: it neither hangs nor is it stopped."""
+        if self._spec is not None:
+            self._outbox.moved(lambda: _pools_of(scheduler))
+
     def stored(self, original: Any, cache: Any, node: Any, medium: str | None = None) -> None:
         if self._page_events is None:
             original(cache, node, medium)
@@ -171,6 +180,18 @@ class WorkerHooks:
             original(cache)
         else:
             self._page_events.cleared()
+
+
+def _pools_of(scheduler: Any) -> Pools:
+    """What a scheduler of SGLang's has to give now."""
+    rows = getattr(scheduler, "req_to_metadata_buffer_idx_allocator", None)
+    queue = scheduler.disagg_prefill_bootstrap_queue or scheduler.disagg_decode_prealloc_queue
+    return Pools(
+        free_tokens=scheduler.token_to_kv_pool_allocator.available_size(),
+        free_requests=scheduler.req_to_token_pool.available_size(),
+        free_rows=0 if rows is None else rows.available_size(),
+        rooms=0 if queue is None else queue.kv_manager.rooms,
+    )
 
 
 def _size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

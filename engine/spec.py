@@ -29,6 +29,10 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The agent's PUB socket."""
     replay_port: int
     """The agent's ROUTER socket."""
+    advertise_host: str = ""
+    """Where routers and peers reach it, if not at its own address: something forwards the ports. "" for its own."""
+    advertise_base: int = 0
+    """The first of four ports there, for `port`, `handoff_port`, `events_port` and `replay_port`; 0 for its own."""
     model_path: str
     """Folder of the checkpoint."""
     served_model: str
@@ -57,6 +61,14 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Time between two registrations."""
     audit_s: float = 5.0
     """Time between two audits, which say what the worker holds of a sample of pages."""
+
+    @property
+    def reached_at(self) -> tuple[str, int, int, int, int]:
+        """Host and ports (HTTP, hand-off, events, replay) that others are told."""
+        base = self.advertise_base
+        own = (self.port, self.handoff_port, self.events_port, self.replay_port)
+        ports = tuple(range(base, base + 4)) if base else own
+        return (self.advertise_host or self.host, *ports)  # type: ignore[return-value]  # four of them, in both cases
 
     @classmethod
     def read(cls, path: Path) -> WorkerSpec:

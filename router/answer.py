@@ -1,22 +1,10 @@
-"""Read from an answer that passes through what the router has to know: did it fail, did it end, what did it use.
-
-The bytes themselves are never changed. A stream is looked at line by line, and a line
-is parsed only where a cheap search says that there may be something in it.
-"""
+"""What the router has to know of an answer that passes through it: did it fail, did it end, what did it use."""
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
-
-_ERROR = re.compile(rb'"error"\s*:')
-_FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w+)"')
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_TOKEN = re.compile(rb'"(?:content|text|reasoning_content|arguments)"\s*:\s*"[^"]')
-_MAX_LINE_BYTES = 16 * 1024 * 1024
-"""A line longer than this is not looked at."""
 
 
 @dataclass(slots=True)
@@ -35,8 +23,6 @@ class Failure:
 
     status: int
     message: str
-    told: bool = True
-    """Whether it stands in the answer as an error, so that a client sees it as one."""
 
 
 @dataclass(slots=True)
@@ -57,43 +43,6 @@ class Seen:
         )
 
 
-class StreamWatch:
-    """Looks at server-sent events as they pass, in whatever pieces they come."""
-
-    def __init__(self) -> None:
-        self.seen = Seen()
-        self._rest = b""
-
-    def feed(self, piece: bytes) -> None:
-        """The next bytes of the stream."""
-        *lines, self._rest = (self._rest + piece).split(b"\n")
-        for line in lines:
-            self._line(line)
-        if len(self._rest) > _MAX_LINE_BYTES:
-            self._rest = b""
-
-    def end(self) -> Seen:
-        """The stream is over."""
-        self._line(self._rest)
-        self._rest = b""
-        return self.seen
-
-    def _line(self, line: bytes) -> None:
-        if not line.startswith(b"data:"):
-            return
-        if _TOKEN.search(line):
-            self.seen.token_events += 1
-        finish = _FINISH.search(line)
-        if finish is not None:
-            self.seen.finish_reason = finish[1].decode()
-            if self.seen.finish_reason == "abort":
-                self.seen.failure = self.seen.failure or Failure(500, "the worker aborted the request", told=False)
-        if _ERROR.search(line):
-            self.seen.failure = failure_in(_parsed(line[5:])) or self.seen.failure
-        if _USAGE.search(line):
-            self.seen.usage = usage_in(_parsed(line[5:])) or self.seen.usage
-
-
 def whole(raw: bytes) -> Seen:
     """Looks at an answer that came in one piece."""
     body = _parsed(raw)
@@ -104,7 +53,7 @@ def whole(raw: bytes) -> Seen:
         if isinstance(reason, str):
             seen.finish_reason = reason
             if reason == "abort":
-                seen.failure = Failure(500, "the worker aborted the request", told=False)
+                seen.failure = Failure(500, "the worker aborted the request")
     return seen
 
 

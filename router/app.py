@@ -3,13 +3,13 @@
 /v1/chat/completions, /v1/completions     relayed, below the framework: plain ASGI
 /v1/models, /health, /ready, /metrics
 /internal/register                        workers' agents, signed with the cluster's key
+/internal/drain                           `mainstem drain` and `mainstem restart`, signed too
 /, /static, /api/state, /api/events, /api/explain/ID    the dashboard
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import time
 import uuid
@@ -25,11 +25,13 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
+from router.admission import Admission
+from router.api_keys import ApiKeys
 from router.audit import Audits
 from router.client import Client, Message, Receive, Send
 from router.config import RouterSpec
 from router.dispatch import Dispatcher
-from router.fleet import Change, FeedMode, Fleet
+from router.fleet import Change, FeedMode, Fleet, Worker
 from router.follower import Follower
 from router.gossip_link import GossipLink
 from router.handoffs import Handoffs
@@ -39,13 +41,14 @@ from router.metrics import Metrics
 from router.openai import ApiError, Endpoint
 from router.placement import Placement
 from router.planner import Planner
+from router.prober import Prober
 from router.render import Renderer
 from router.state import explanation, snapshot
 from router.upstream import Upstream
 from transfer.auth import SIGNATURE_HEADER, BadSignature, ClusterKey
 from transfer.ended import Ended
 from transfer.undecodable import UNDECODABLE
-from transfer.wire import VERSION, Registered, Registration
+from transfer.wire import VERSION, Drain, Registered, Registration
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ NO_STORE = {"cache-control": "no-store"}
 
 _here = Path(__file__).parent
 _decode_registration = msgspec.json.Decoder(Registration).decode
+_decode_drain = msgspec.json.Decoder(Drain).decode
 
 
 class Router:
@@ -72,13 +76,13 @@ class Router:
         clock_s: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        """Reads the key, the tokenizer and the API key. Raises OSError or ValueError, in one line."""
+        """Reads the key, the tokenizer and the API keys. Raises OSError or ValueError, in one line."""
         self.spec = spec
         self.id = uuid.uuid4().hex
         self.key = ClusterKey.read(spec.key_file)
-        self.api_key = _api_key(spec.section.api_key_file)
+        self.api_keys = None if spec.section.api_key_file is None else ApiKeys.read(spec.section.api_key_file)
         self.renderer = Renderer.load(spec.model_path)
-        self.fleet = Fleet()
+        self.fleet = Fleet(spec.section.hung_s)
         self.index = Index(spec.section.index_max_bytes)
         self.placement = Placement(spec.section, self.fleet)
         self.ledger = Ledger()
@@ -87,9 +91,29 @@ class Router:
         self.clock_s = clock_s
         self.wall_s = wall_s
         self.started_s = clock_s()
+        self._wishes: dict[str, tuple[int, bool]] = {}
+        """By worker: of which life, and whether it shall drain. Its agent says the same as soon as it has heard."""
         self._was_ready = False
         """Whether the pages of all workers were known at some time."""
-        self.metrics = Metrics(self.ledger, self.fleet, self.index, self.handoffs, self.audits, self.placement, clock_s)
+        section = spec.section
+        self.planner = Planner(
+            self.fleet,
+            self.index,
+            self.placement,
+            reserve_tokens=section.decode_reserve_tokens,
+            backlog_s=section.prefill_backlog_s,
+            aggregate=section.on_no_prefill == "aggregate",
+        )
+        self.admission = Admission(section, self.fleet, self.planner, clock_s)
+        self.metrics = Metrics(
+            self.ledger,
+            self.fleet,
+            self.index,
+            self.handoffs,
+            self.audits,
+            self.placement,
+            self.admission,
+        )
         self.closing = asyncio.Event()
         """Set when the server is told to stop, so that streams without an end find one."""
         self.follower: Follower
@@ -105,7 +129,8 @@ class Router:
             model=self.spec.model,
             section=self.spec.section,
             fleet=self.fleet,
-            planner=Planner(self.fleet, self.index, self.placement),
+            planner=self.planner,
+            admission=self.admission,
             placement=self.placement,
             renderer=self.renderer,
             upstream=upstream,
@@ -114,14 +139,15 @@ class Router:
             clock_s=self.clock_s,
             wall_s=self.wall_s,
         )
-        expiring = asyncio.create_task(self._expire())
+        prober = Prober(self.fleet, upstream.probe, self.clock_s)
+        keeping = [asyncio.create_task(self._expire()), asyncio.create_task(prober.run())]
         try:
             yield
         finally:
             self.closing.set()
-            expiring.cancel()
-            await asyncio.gather(expiring, return_exceptions=True)
-            await self.dispatcher.close()
+            for task in keeping:
+                task.cancel()
+            await asyncio.gather(*keeping, return_exceptions=True)
             if gossip is not None:
                 await gossip.close()
             await self.follower.close()
@@ -151,22 +177,52 @@ class Router:
         while True:
             for name in self.fleet.expire(self.clock_s()):
                 log.warning("worker lost name=%s", name)
-                self._forget(name)
+                self._forget(self.fleet[name])
             await asyncio.sleep(EXPIRE_S)
 
     def register(self, registration: Registration) -> None:
         """Takes in a worker's registration, which is also its heartbeat. Raises ValueError where it does not fit."""
         self._check(registration)
+        before = self.fleet.get(registration.worker)
+        was_hung = before is not None and before.hung
         change = self.fleet.register(registration, self.clock_s())
         if change in (Change.STALE, Change.LEFT, Change.REPLACED):
             log.info("worker %s name=%s epoch=%d", change, registration.worker, registration.epoch)
-        if change in (Change.LEFT, Change.REPLACED):
-            self._forget(registration.worker)
+        if change in (Change.LEFT, Change.REPLACED) and before is not None:
+            self._forget(before)
+        elif before is not None and before.hung != was_hung:
+            log.warning("worker %s name=%s", "moves again" if was_hung else "hangs", before.name)
+            if before.hung:
+                self.dispatcher.worker_lost(before, f"has not moved for {registration.load.silent_s:.0f} s")
         if change is not Change.STALE:
             # A goodbye brings the last sums of that life.
             self.handoffs.registered(registration.worker, registration.epoch, registration.handoffs)
         if change not in (Change.STALE, Change.LEFT):
             self.follower.registered(registration)
+
+    def answer(self, registration: Registration) -> Registered:
+        """What a worker that has registered is told."""
+        epoch, drain = self._wishes.get(registration.worker, (0, False))
+        if epoch != registration.epoch or registration.state == "starting":
+            return Registered(router=self.id)
+        if drain == (registration.state == "draining"):
+            # It has heard. Whatever else it is told later comes from somebody else.
+            del self._wishes[registration.worker]
+            return Registered(router=self.id)
+        return Registered(router=self.id, drain=drain)
+
+    def drain(self, wish: Drain) -> None:
+        """Notes that a worker shall drain, or not, or give its requests away.
+
+        Raises KeyError where it is not known, ValueError for a wish in other words than ours.
+        """
+        if wish.version != VERSION:
+            raise ValueError(f"version: wanted {VERSION}, found {wish.version}")
+        worker = self.fleet[wish.worker]
+        if wish.move:
+            self.dispatcher.move(worker)
+        else:
+            self._wishes[wish.worker] = worker.registration.epoch, wish.drain
 
     def _check(self, registration: Registration) -> None:
         if registration.version != VERSION:
@@ -184,15 +240,15 @@ class Router:
                 if wanted != found:
                     raise ValueError(f"{field}: wanted {wanted!r} as {worker.name} has, found {found!r}")
 
-    def _forget(self, name: str) -> None:
-        self.follower.forget(name)
-        self.placement.lost(name)
-        self.dispatcher.worker_lost(name)
+    def _forget(self, worker: Worker) -> None:
+        """This life of the worker is over."""
+        self.follower.forget(worker.name)
+        self.placement.lost(worker.name)
+        self.dispatcher.worker_lost(worker)
 
     def unready(self) -> list[str]:
         """Why no request should be sent here yet; empty when all is well."""
-        now_s = self.clock_s()
-        ready = [worker for worker in self.fleet if worker.state(now_s) in ("ready", "suspect")]
+        ready = [worker for worker in self.fleet if worker.state() in ("ready", "suspect")]
         roles = {worker.role for worker in ready}
         reasons = []
         if "both" not in roles:
@@ -219,13 +275,12 @@ class Router:
             ledger=self.ledger,
             audits=self.audits,
             placement=self.placement,
+            waiting_requests=len(self.admission),
         )
 
-    def authorized(self, header: str | None) -> bool:
-        """Whether a client may use /v1."""
-        if self.api_key is None:
-            return True
-        return hmac.compare_digest((header or "").encode(), f"Bearer {self.api_key}".encode())
+    def tenant(self, header: str) -> str | None:
+        """Whose request this is, by its `authorization`; None where a key is wanted and this is none."""
+        return "" if self.api_keys is None else self.api_keys.tenant(header)
 
 
 class _Relay:
@@ -236,10 +291,10 @@ class _Relay:
         self._endpoint = endpoint
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        client = Client(receive, send)
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if self._router.authorized(header.decode("latin-1")):
-            await self._router.dispatcher.serve(self._endpoint, client)
+        client = Client(receive, send, scope["headers"])
+        tenant = self._router.tenant(client.header("authorization"))
+        if tenant is not None:
+            await self._router.dispatcher.serve(self._endpoint, client, tenant)
         else:
             await client.answer(401, _unauthorized().body(), {"content-type": "application/json"})
 
@@ -274,13 +329,13 @@ def _add_service(app: FastAPI, router: Router) -> None:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        if not router.authorized(request.headers.get("authorization")):
+        if router.tenant(request.headers.get("authorization", "")) is None:
             return _error(_unauthorized())
         return _json({"object": "list", "data": [card()]})
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
-        if not router.authorized(request.headers.get("authorization")):
+        if router.tenant(request.headers.get("authorization", "")) is None:
             return _error(_unauthorized())
         if name != router.spec.model:
             message = f"model: wanted {router.spec.model!r}, found {name[:200]!r}"
@@ -302,20 +357,41 @@ def _add_service(app: FastAPI, router: Router) -> None:
 
     @app.post("/internal/register")
     async def register(request: Request) -> Response:
-        if int(request.headers.get("content-length") or MAX_REGISTRATION_BYTES + 1) > MAX_REGISTRATION_BYTES:
-            return _error(
-                ApiError(413, f"registration: wanted at most {MAX_REGISTRATION_BYTES} bytes and their number")
-            )
-        body = await request.body()
         try:
-            router.key.verify(request.headers.get(SIGNATURE_HEADER), body, router.wall_s())
-        except BadSignature as error:
-            return _error(ApiError(401, str(error)))
+            body = await _signed(router, request)
+        except ApiError as error:
+            return _error(error)
         try:
-            router.register(_decode_registration(body))
+            registration = _decode_registration(body)
+            router.register(registration)
         except (*UNDECODABLE, ValueError) as error:
             return _error(ApiError(400, str(error)))
-        return Response(msgspec.json.encode(Registered(router=router.id)), media_type="application/json")
+        return _json(router.answer(registration))
+
+    @app.post("/internal/drain")
+    async def drain(request: Request) -> Response:
+        try:
+            wish = _decode_drain(await _signed(router, request))
+            router.drain(wish)
+        except ApiError as error:
+            return _error(error)
+        except (*UNDECODABLE, ValueError) as error:
+            return _error(ApiError(400, str(error)))
+        except KeyError:
+            return _error(ApiError(404, f"worker: wanted one of this cluster's, found {wish.worker[:200]!r}"))
+        return _json({"worker": wish.worker, "drain": wish.drain, "move": wish.move})
+
+
+async def _signed(router: Router, request: Request) -> bytes:
+    """The body of a request from within the cluster. Raises ApiError."""
+    if int(request.headers.get("content-length") or MAX_REGISTRATION_BYTES + 1) > MAX_REGISTRATION_BYTES:
+        raise ApiError(413, f"body: wanted at most {MAX_REGISTRATION_BYTES} bytes and their number")
+    body = await request.body()
+    try:
+        router.key.verify(request.headers.get(SIGNATURE_HEADER), body, router.wall_s())
+    except BadSignature as error:
+        raise ApiError(401, str(error)) from None
+    return body
 
 
 def _add_dashboard(app: FastAPI, router: Router) -> None:
@@ -367,12 +443,3 @@ def _error(error: ApiError) -> Response:
 
 def _unauthorized() -> ApiError:
     return ApiError(401, "authorization: wanted the API key as a bearer token", code="invalid_api_key")
-
-
-def _api_key(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    key = path.read_text().strip()
-    if not key:
-        raise ValueError(f"{path}: wanted an API key, found an empty file")
-    return key

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from router.openai import MAX_BODY_BYTES, ApiError
@@ -23,11 +23,16 @@ class ClientGone(Exception):
 class Client:
     """One request. `body` first, then one of `answer` and `start`; nothing twice."""
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         self._receive = receive
         self._send = send
+        self._headers = dict(headers)
         self.started = False
         """Whether a status was sent, after which an error can only be an event."""
+
+    def header(self, name: str) -> str:
+        """Of the request, by its name in lower case; "" where there is none."""
+        return self._headers.get(name.encode("latin-1"), b"").decode("latin-1")
 
     async def body(self) -> bytes:
         """The whole body. Raises ClientGone, ApiError where it is too long or too slow."""

@@ -87,6 +87,31 @@ class RouterSection(BaseModel):
     """A request that has not ended by then is aborted on both workers."""
     first_byte_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """A request whose decode worker has sent nothing by then is aborted on both workers."""
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """A stream that has begun and then says nothing for so long goes on elsewhere."""
+    handoff_floor_s: Annotated[float, Field(gt=0)] = 10.0
+    """Pages may always take so long to be delivered, and longer where that is usual for their pair: it is learned."""
+    hung_s: Annotated[float, Field(gt=0)] = 10.0
+    """A worker whose scheduler has not moved for so long gets no requests, and loses those that it has."""
+    queue_timeout_s: Annotated[float, Field(ge=0)] = 30.0
+    """How long a request waits for room, or for a worker that may come: one that starts, drains, or was just lost."""
+    queue_max_requests: Annotated[int, Field(ge=0)] = 1000
+    """So many wait at most; of more, those of the busiest tenant are answered with 429."""
+    prefill_backlog_s: Annotated[float, Field(gt=0)] = 10.0
+    """A prefill worker that has so many seconds to compute, and more than one prompt, gets no more meanwhile."""
+    decode_reserve_tokens: Annotated[int, Field(ge=1)] = 512
+    """A decode worker gets a request when it has room for its prompt and so many tokens of its answer."""
+    on_no_prefill: Literal["fail", "aggregate", "queue"] = "aggregate"
+    """Where no prefill worker is ready: 503 at once; a worker of role `both`, if there is one, and else as queue;
+    or wait for one."""
+    retries: Annotated[int, Field(ge=0, le=16)] = 2
+    """How often a request is tried on another pair, as long as its client has nothing of the answer."""
+    resumes: Annotated[int, Field(ge=0, le=16)] = 2
+    """How often a stream goes on elsewhere from the tokens that its client has; 0: it ends with an error."""
+    retry_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Further attempts for each request, over all requests: when everything fails, nothing is asked three times."""
+    retry_burst: Annotated[int, Field(ge=0)] = 100
+    """So many further attempts at once."""
     policy: PolicyName = "mainstem"
     """Who chooses. All but `mainstem` are there to compare with."""
     shadow_policies: tuple[PolicyName, ...] = ()

@@ -87,6 +87,13 @@ class Decision:
         return int(self.pairs.lacking_tokens[self.pairs.row(self.pick.prefill)])
 
     @cached_property
+    def expected_s(self) -> float:
+        """From dispatch until decode has the pages."""
+        pairs, pick = self.pairs, self.pick
+        prefill_s = pairs.prefill_s[pairs.row(pick.prefill)]
+        return pick.prefill.wait_s + prefill_s + pairs.transfer_s(pick.prefill, pick.decode)
+
+    @cached_property
     def cache_choice(self) -> str:
         """The prefill worker that a choice by cached tokens alone would have taken; of equals, the least loaded."""
         pairs = self.pairs

@@ -1,13 +1,12 @@
 """One client request from start to end.
 
-    body ─> plan ─> prefill leg ──────────────> 200: the pages were delivered
-                 └> decode leg  ──────────────> first bytes ──> relayed as they come ──> end
-                     whichever fails first, or the client leaving, ends both
+    body ─> plan ─> attempt ─> the client has its answer
+              ^        └ failed: again on another pair, on from its tokens, or the client is told (`lifecycle.after`)
+              └────────────┘
 
-Until decode's first bytes, a failure of either leg is an HTTP error; after them it is an
-event of the stream, and prefill's part is over whatever becomes of it. Ending means an
-abort to both workers, at once and without waiting for them, and closed connections.
-There is no second attempt here.
+Until the client has a first token, nothing is said to it, and a failure of either worker costs it time alone. After
+that the stream goes on from the tokens that it has. What cannot be mended is an HTTP error, or the last event of a
+stream that has begun.
 """
 
 from __future__ import annotations
@@ -17,16 +16,23 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
-import aiohttp
-
-from router.answer import Seen, StreamWatch, whole
+from router.admission import Admission
+from router.answer import Seen
+from router.attempt import Asked, Attempt, Expired, Moved
+from router.avoid import Avoid
 from router.client import Client, ClientGone
 from router.config import RouterSection
-from router.fleet import Fleet
-from router.ledger import Ledger, Outcome, Record
+from router.deadlines import Patience
+from router.delivery import Delivery
+from router.faults import Fault, LegFailed
+from router.fleet import Fleet, Worker
+from router.handoff_times import HandoffTimes
+from router.ledger import Ledger, Outcome, Record, Try
+from router.lifecycle import Limits, Next, Situation, after
 from router.openai import (
     MAX_ROOM,
     ApiError,
@@ -34,46 +40,44 @@ from router.openai import (
     Endpoint,
     Handoff,
     engine_rids,
-    leg_body,
     read,
 )
 from router.placement import Flight, Placement
 from router.planner import Plan, Planner, Prompt, render
 from router.policy import NoWorker
 from router.render import Renderer
-from router.upstream import Fault, LegFailed, Upstream, refused
+from router.request_log import line
+from router.resume import forbids, hinders, remaining, stop_strings
+from router.retry_budget import RetryBudget
+from router.trace_context import TraceContext
+from router.upstream import Upstream
 from transfer.wire import Registration
 
 log = logging.getLogger(__name__)
 
 RENDER_INLINE_BYTES = 32 * 1024
 """A longer body is rendered on a thread, so that other streams go on."""
-SETTLE_S = 2.0
-"""How long prefill's usage is waited for, after the client has its answer, and a client that is told of an error."""
-JSON = {"content-type": "application/json"}
+LOOK_S = 0.1
+"""How often a request that waits for a worker looks for one."""
+TAIL_TOKENS = 64
+"""Of a stream that was cut off, so many of the last tokens are searched for the beginning of a stop string."""
 
 
 @dataclass(slots=True)
 class _Run:
-    """A request that was sent to its workers."""
+    """A request that was sent to workers, and is not over."""
 
     rid: str
     request: ClientRequest
-    plan: Plan
-    flight: Flight
+    prompt: Prompt
+    delivery: Delivery
     record: Record
-    headers: dict[str, str]
-    deadline_s: float
-    lost: asyncio.Future[str]
-    """Resolved with the name of a worker that was lost while it was needed."""
-    prefilled: bool = False
-    seen: Seen = field(default_factory=Seen)
-
-    def needs(self, worker: str) -> bool:
-        """Decode's worker is needed to the end, prefill's until it has delivered."""
-        if worker == self.plan.decode.name:
-            return True
-        return worker == self.plan.prefill.name and not self.prefilled and self.record.ttft_s is None
+    gone: asyncio.Future[None]
+    ends_at_s: float
+    """When its own time is over."""
+    avoid: Avoid
+    trace: TraceContext
+    attempt: Attempt | None = None
 
 
 class Dispatcher:
@@ -90,6 +94,7 @@ class Dispatcher:
         section: RouterSection,
         fleet: Fleet,
         planner: Planner,
+        admission: Admission,
         placement: Placement,
         renderer: Renderer,
         upstream: Upstream,
@@ -103,6 +108,7 @@ class Dispatcher:
         self._section = section
         self._fleet = fleet
         self._planner = planner
+        self._admission = admission
         self._placement = placement
         self._renderer = renderer
         self._upstream = upstream
@@ -112,286 +118,320 @@ class Dispatcher:
         self._wall_s = wall_s
         self._rooms = rooms or random.SystemRandom()
         self._runs: dict[str, _Run] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._limits = Limits(section.retries, section.resumes)
+        self._budget = RetryBudget(section.retry_fraction, section.retry_burst)
+        self._times = HandoffTimes(section.handoff_floor_s, section.first_byte_timeout_s)
 
-    async def close(self) -> None:
-        """Waits for aborts that are on their way; each has its deadline."""
-        if self._background:
-            await asyncio.wait(self._background, timeout=SETTLE_S)
+    def worker_lost(self, worker: Worker, why: str = "was lost") -> None:
+        """Ends the attempts that still need this worker, and forgets what was learned of its hand-offs."""
+        self._times.forget(worker.name)
+        for attempt in self._attempts():
+            attempt.lose(worker, why)
 
-    def worker_lost(self, name: str) -> None:
-        """Ends the requests that still need this worker."""
+    def move(self, worker: Worker) -> None:
+        """Requests that this worker has shall go on elsewhere, where they can, and where there is anybody else."""
+        if not self._fleet.any_pair():
+            return
         for run in self._runs.values():
-            if run.needs(name) and not run.lost.done():
-                run.lost.set_result(name)
+            attempt = run.attempt
+            if attempt is not None and attempt.needs(worker) and not self._hindrance(run, attempt):
+                attempt.move()
 
-    async def serve(self, endpoint: Endpoint, client: Client) -> None:
-        """Answers one request. Does not raise for what clients or workers do."""
+    def _attempts(self) -> Iterable[Attempt]:
+        return [run.attempt for run in self._runs.values() if run.attempt is not None]
+
+    async def serve(self, endpoint: Endpoint, client: Client, tenant: str = "") -> None:
+        """Answers one request of this tenant. Does not raise for what clients or workers do."""
         rid = uuid.uuid4().hex
-        headers = {"x-request-id": rid}
+        delivery = Delivery(client, {"x-request-id": rid})
         try:
             raw = await client.body()
+            gone = asyncio.create_task(client.gone())
             try:
-                request = read(endpoint, raw, self._model)
-                prompt = await self._render(request)
-                chosen = self._plan(request, prompt)
-            except ApiError:
-                self._ledger.refused(self._wall_s())
-                raise
-            await self._run(rid, request, prompt, chosen, client, headers)
+                await self._serve(rid, endpoint, raw, client, tenant, delivery, gone)
+            finally:
+                gone.cancel()
+                await asyncio.gather(gone, return_exceptions=True)
         except ClientGone:
             return
         except ApiError as error:
-            await self._tell(client, error, headers)
+            if not await delivery.fail(error):
+                log.info("client does not read rid=%s", rid)
+
+    async def _serve(
+        self,
+        rid: str,
+        endpoint: Endpoint,
+        raw: bytes,
+        client: Client,
+        tenant: str,
+        delivery: Delivery,
+        gone: asyncio.Future[None],
+    ) -> None:
+        came_s = self._clock_s()
+        ends_at_s = came_s + self._section.request_timeout_s
+        try:
+            request = read(endpoint, raw, self._model, may_resume=client.header("x-mainstem-resume") != "never")
+            prompt = await self._render(request)
+            until_s = self._waits_until_s(ends_at_s)
+            plan = await self._admission.plan(request, prompt, tenant or request.salt, gone, until_s)
+        except ApiError:
+            self._ledger.refused(self._wall_s())
+            raise
+        self._budget.request()
+        record = Record(
+            id=rid,
+            at_s=self._wall_s(),
+            started_s=self._clock_s(),
+            endpoint=request.endpoint.value,
+            stream=request.stream,
+            decision=plan.decision,
+            unrendered=prompt.unrendered,
+            prompt_tokens=prompt.tokens,
+        )
+        trace = TraceContext.of(client.header("traceparent"), rid)
+        record.tenant, record.queued_s = tenant, self._clock_s() - came_s
+        run = _Run(rid, request, prompt, delivery, record, gone, ends_at_s, Avoid(), trace)
+        self._runs[rid] = run
+        self._ledger.begin(record)
+        outcome, error = Outcome.CANCELLED, None
+        try:
+            error = await self._run(run, plan)
+            outcome = Outcome.OK if error is None else Outcome.ERROR
+        finally:
+            # Also where the client left, or the task itself is cancelled, at shutdown.
+            del self._runs[rid]
+            self._account(run, outcome)
+        if error is not None:
+            # Only now: a client that does not read would hold the workers' load.
+            raise error
 
     async def _render(self, request: ClientRequest) -> Prompt:
         if len(request.raw) <= RENDER_INLINE_BYTES:
             return render(self._renderer, request)
         return await asyncio.to_thread(render, self._renderer, request)
 
-    def _plan(self, request: ClientRequest, prompt: Prompt) -> Plan:
-        try:
-            return self._planner.plan(request, prompt, self._clock_s())
-        except NoWorker as error:
-            raise ApiError(503, str(error), "service_unavailable", code="no_worker") from None
+    async def _run(self, run: _Run, plan: Plan) -> ApiError | None:
+        """Attempts, until one of them is the last. The error that the client has to be told. Raises ClientGone."""
+        while True:
+            run.record.decision = plan.decision
+            try:
+                await self._attempt(run, plan)
+                return None
+            except Expired:
+                seconds = self._section.request_timeout_s
+                run.record.error = f"{plan.decode.name}: {Fault.TIMEOUT}"
+                return ApiError(504, f"not done within {seconds:g} s", "server_error", code="request_timeout")
+            except (LegFailed, Moved) as ended:
+                failed = ended
+            next_step, why = self._after(run, failed)
+            last = run.record.tries[-1]
+            last.then = next_step if next_step is not Next.TELL else why
+            if next_step is Next.TELL:
+                return _as_api_error(failed)
+            if next_step is Next.RESUME:
+                assert run.attempt is not None, "something was tried"
+                run.delivery.ids += run.attempt.delivered_ids
+            try:
+                plan = await self._place_again(run)
+            except ApiError as nowhere:
+                last.then = nowhere.message
+                return _as_api_error(failed) if isinstance(failed, LegFailed) else nowhere
+            if isinstance(failed, LegFailed):
+                self._budget.take()
 
-    async def _tell(self, client: Client, error: ApiError | None, headers: Mapping[str, str]) -> None:
-        """Ends the client's answer with an error; None: it was told already. Who does not read is not waited for."""
-        try:
-            async with asyncio.timeout(SETTLE_S):
-                if error is None:
-                    await client.end()
-                elif client.started:
-                    await client.write(error.event())
-                    await client.end()
-                else:
-                    await client.answer(error.status, error.body(), {**JSON, **headers})
-        except TimeoutError:
-            log.info("client does not read rid=%s", headers["x-request-id"])
+    async def _place_again(self, run: _Run) -> Plan:
+        """A pair for what is left of the request. Raises ApiError, ClientGone."""
+        generated = run.delivery.ids
+        request, prompt = run.request, run.prompt
+        if generated:
+            assert prompt.ids is not None, "only what was tokenized here goes on elsewhere"
+            limit = request.max_new_tokens
+            request = replace(request, max_new_tokens=None if limit is None else limit - len(generated))
+            prompt = Prompt([*prompt.ids, *generated], len(prompt.ids) + len(generated))
+        return await self._place(request, prompt, run.avoid, run.gone, self._waits_until_s(run.ends_at_s))
 
-    async def _run(
-        self,
-        rid: str,
-        request: ClientRequest,
-        prompt: Prompt,
-        chosen: Plan,
-        client: Client,
-        headers: dict[str, str],
-    ) -> None:
-        """Dispatches the request and accounts for it, however it ends."""
-        decision = chosen.decision
-        headers |= {
+    def _waits_until_s(self, ends_at_s: float) -> float:
+        return min(ends_at_s, self._clock_s() + self._section.queue_timeout_s)
+
+    async def _place(
+        self, request: ClientRequest, prompt: Prompt, avoid: Avoid, gone: asyncio.Future[None], until_s: float
+    ) -> Plan:
+        """A pair that this request may go to, as soon as there is one. Raises ApiError, ClientGone."""
+        while True:
+            try:
+                return self._planner.plan(request, prompt, self._clock_s(), avoid, only_with_room=False)
+            except NoWorker as error:
+                if not self._fleet.may_come() or self._clock_s() >= until_s:
+                    raise ApiError(503, str(error), "service_unavailable", code="no_worker", retry_after_s=1) from None
+            await asyncio.wait({gone}, timeout=LOOK_S)
+            if gone.done():
+                raise ClientGone
+
+    async def _attempt(self, run: _Run, plan: Plan) -> None:
+        """One pair's try. Raises LegFailed, Moved, Expired, ClientGone."""
+        record, request, number = run.record, plan.request, len(run.record.tries)
+        decision = plan.decision
+        run.delivery.headers |= {
             "x-mainstem-prefill": decision.prefill,
             "x-mainstem-decode": decision.decode,
             "x-mainstem-matched-tokens": str(decision.matched_tokens),
+            "x-mainstem-mode": record.mode,
         }
+        # Of one length for all, as SGLang's abort takes whatever begins with what it is given.
+        rid = f"{run.rid}{number:02x}"
+        handoff = None if plan.alone else self._handoff(plan.prefill.registration)
         started_s = self._clock_s()
-        record = Record(
-            id=rid,
-            at_s=self._wall_s(),
-            started_s=started_s,
-            endpoint=request.endpoint.value,
-            stream=request.stream,
-            decision=decision,
-            unrendered=prompt.unrendered,
-            prompt_tokens=prompt.tokens,
-        )
-        flight = self._placement.send(decision, chosen.pages, started_s)
-        deadline_s = started_s + self._section.request_timeout_s
-        lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        run = _Run(rid, request, chosen, flight, record, headers, deadline_s, lost)
-        self._runs[rid] = run
-        self._ledger.begin(record)
-        outcome, failed = Outcome.CANCELLED, None
-        try:
-            await self._relay(run, prompt.ids, client)
-            outcome = Outcome.OK
-        except LegFailed as error:
-            outcome, failed = Outcome.ERROR, error
-            log.warning("request failed rid=%s worker=%s fault=%s", rid, failed.worker, failed.fault)
-        finally:
-            # Also where the task itself is cancelled, at shutdown.
-            del self._runs[rid]
-            self._settle(run, outcome, None if failed is None else str(failed))
-        if failed is not None:
-            # Only now: a client that does not read would hold the workers' load.
-            await self._tell(client, None if failed.told else _as_api_error(failed), headers)
-
-    def _suspect(self, run: _Run, failed: LegFailed) -> None:
-        """A worker that fails at once looks idle, and would get ever more requests to fail."""
-        if failed.client_to_blame or failed.fault in (Fault.TIMEOUT, Fault.LOST):
-            return
-        for worker in (run.plan.prefill, run.plan.decode):
-            # Its next life is not to blame.
-            if worker.name == failed.worker and self._fleet.get(worker.name) is worker:
-                self._fleet.suspect(worker.name, self._clock_s())
-
-    def _settle(self, run: _Run, outcome: Outcome, error: str | None) -> None:
-        usage = run.seen.usage
-        record, now_s = run.record, self._clock_s()
-        record.generated_tokens = usage.completion_tokens if usage is not None else run.seen.token_events
-        self._ledger.end(record, outcome, now_s=self._wall_s(), steady_s=now_s, error=error)
-        # How fast an answer came that was cut short says nothing of the worker.
-        itl_s = record.itl_s if outcome is Outcome.OK else None
-        self._placement.ended(run.flight, now_s, itl_s, record.generated_tokens)
-        self._on_end(run.record)
-
-    async def _relay(self, run: _Run, ids: list[int] | None, client: Client) -> None:
-        """Both legs. Returns when the client has its whole answer; raises LegFailed or ClientGone."""
-        handoff = None if run.plan.alone else self._handoff(run.plan.prefill.registration)
-        prefill: asyncio.Task[None] | None = None
+        flight = self._placement.send(decision, plan.pages, started_s, self._planner.new_tokens(request))
+        self._admission.changed()
+        expected_s = decision.expected_s
+        trial = Try(plan.prefill.name, plan.decode.name, number=number, started_s=started_s)
+        record.tries.append(trial)
         if handoff is not None:
-            self._ledger.expect(run.record, handoff.room, len(engine_rids(run.request, run.rid)))
-            body = leg_body(run.request, run.rid, ids, handoff, keep_stream=False)
-            prefill = asyncio.create_task(self._leg(run, self._prefill(run, body)))
-        decode = asyncio.create_task(self._leg(run, self._decode(run, ids, handoff, client, prefill)))
-        gone = asyncio.create_task(client.gone())
-        tasks = {task for task in (prefill, decode, gone) if task is not None}
-        ended_well = False
-        try:
-            await self._watch(run, prefill, decode, gone)
-            ended_well = True
-            if prefill is not None:
-                # For its usage; what the client got does not depend on it any more.
-                await asyncio.wait({prefill}, timeout=SETTLE_S)
-        finally:
-            if not ended_well:
-                self._abort(run)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._ledger.expect(record, handoff.room, len(engine_rids(request, rid)))
 
-    async def _watch(
-        self, run: _Run, prefill: asyncio.Task[None] | None, decode: asyncio.Task[None], gone: asyncio.Task[None]
-    ) -> None:
-        """Returns when decode has ended well, raises when anything that it needs has not."""
-        waiting: set[asyncio.Future[None] | asyncio.Future[str]] = {decode, gone, run.lost}
-        if prefill is not None:
-            waiting.add(prefill)
-        while True:
-            left_s = max(0.0, run.deadline_s - self._clock_s())
-            done, _ = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-            if decode in done:
-                return decode.result()
-            if gone in done:
-                raise ClientGone
-            if not done:
-                seconds = self._section.request_timeout_s
-                raise LegFailed(run.plan.decode.name, Fault.TIMEOUT, f"not done within {seconds:g} s", 504)
-            if prefill is not None and prefill in done:
-                waiting.discard(prefill)
-                if prefill.exception() is not None and run.record.ttft_s is None:
-                    prefill.result()
-            if run.lost in done:
-                name = run.lost.result()
-                raise LegFailed(name, Fault.LOST, f"{name} was lost")
+        def prefilled(seen: Seen) -> None:
+            now_s = self._clock_s()
+            if seen.usage is not None and not run.delivery.ids:
+                record.actual_cached_tokens = seen.usage.cached_tokens
+                record.prompt_tokens = seen.usage.prompt_tokens or record.prompt_tokens
+            trial.prefilled_s = now_s
+            self._placement.prefilled(flight, now_s, None if seen.usage is None else seen.usage.cached_tokens)
+            if not decision.pairs.ask.guessed:
+                self._times.learn(plan.prefill.name, plan.decode.name, expected_s, now_s - started_s)
+            plan.prefill.health.went_well()
+            self._admission.changed()
 
-    async def _leg(self, run: _Run, leg: Coroutine[None, None, None]) -> None:
-        """One of the two, whose failure is its worker's also where the other one's ends the request."""
+        def token() -> None:
+            now_s = self._clock_s()
+            if record.ttft_s is None and request.stream:
+                record.ttft_s = now_s - record.started_s
+            if request.stream:
+                self._placement.prefilled(flight, now_s)
+            plan.decode.health.went_well()
+
+        asked = Asked(
+            rid=rid,
+            request=request,
+            ids=plan.prompt.ids,
+            handoff=handoff,
+            more=remaining(run.request, len(run.delivery.ids)) if run.delivery.ids else {},
+            trace=run.trace.parent(rid),
+        )
+        attempt = Attempt(
+            plan,
+            asked,
+            run.delivery,
+            self._upstream,
+            self._patience(run, plan, expected_s),
+            prefilled=prefilled,
+            prefill_failed=lambda: self._placement.failed(flight, self._clock_s()),
+            token=token,
+            stall_s=self._section.stall_timeout_s,
+        )
+        run.attempt = attempt
+        well = False
         try:
-            await leg
+            await attempt.run(run.gone)
+            well = True
         except LegFailed as failed:
-            self._suspect(run, failed)
+            trial.failed = f"{failed.worker}: {failed.fault}"
+            trial.unreached = failed.fault is Fault.UNREACHABLE
+            self._blame(run, plan, failed)
             raise
-
-    async def _prefill(self, run: _Run, body: bytes) -> None:
-        """The prefill leg: its 200 means that the pages were delivered."""
-        worker = run.plan.prefill
-        try:
-            raw, _ = await self._whole(worker.registration, run.request.endpoint, body)
-            seen = whole(raw)
-            if seen.failure is not None:
-                raise refused(worker.name, seen.failure.status, seen.failure.message)
-        except BaseException:
-            # Also where it is cancelled: its load is not there any more.
-            self._placement.failed(run.flight, self._clock_s())
+        except Moved:
+            trial.failed = "moved"
             raise
-        run.prefilled = True
-        self._note_usage(run, seen)
-        self._placement.prefilled(run.flight, self._clock_s(), run.record.actual_cached_tokens)
+        except Expired:
+            trial.failed = "out of time"
+            raise
+        finally:
+            self._settle(run, attempt, flight, well)
 
-    async def _decode(
-        self,
-        run: _Run,
-        ids: list[int] | None,
-        handoff: Handoff | None,
-        client: Client,
-        prefill: asyncio.Task[None] | None,
-    ) -> None:
-        """The decode leg: its answer goes to the client."""
-        worker, limit_s = run.plan.decode, self._section.first_byte_timeout_s
-        body = leg_body(run.request, run.rid, ids, handoff, keep_stream=True)
-        if run.request.stream:
-            await self._stream(run, client, body, limit_s)
+    def _patience(self, run: _Run, plan: Plan, expected_s: float) -> Patience:
+        section = self._section
+        delivered_s = None
+        if not plan.alone and not plan.decision.pairs.ask.guessed:
+            delivered_s = self._times.limit_s(plan.prefill.name, plan.decode.name, expected_s)
+        # All of a whole answer's bytes come at its end: prefill's answer is the sign of life, where there is one.
+        first_byte_s = section.first_byte_timeout_s if run.request.stream else None
+        if first_byte_s is None and not plan.alone:
+            delivered_s = min(delivered_s or section.first_byte_timeout_s, section.first_byte_timeout_s)
+        return Patience(self._clock_s, request_at_s=run.ends_at_s, delivered_s=delivered_s, first_byte_s=first_byte_s)
+
+    def _blame(self, run: _Run, plan: Plan, failed: LegFailed) -> None:
+        """Who is not asked again by this request, and who is looked at before others ask."""
+        now_s = self._clock_s()
+        if failed.client_to_blame:
             return
-        late = f"{worker.name} sent nothing within {limit_s:g} s"
-        answering = asyncio.create_task(self._whole(worker.registration, run.request.endpoint, body))
-        try:
-            if prefill is not None:
-                # All of a whole answer's bytes come at its end, so until then prefill's answer is the sign of life.
-                done, _ = await asyncio.wait({prefill, answering}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-                if not done:
-                    raise LegFailed(worker.name, Fault.TIMEOUT, late, 504)
-            raw, headers = await answering
-        finally:
-            answering.cancel()
-        run.seen = whole(raw)
-        _check(worker.name, run.seen)
-        if handoff is None:
-            self._note_usage(run, run.seen)
-        await client.answer(200, raw, {**_content_type(headers), **run.headers})
+        if failed.fault is Fault.HANDOFF:
+            run.avoid.pairs.add((plan.prefill, plan.decode))
+            if failed.status == 504:
+                # One of the two may be cut off from here: a probe of each says which.
+                self._times.ran_out(plan.prefill.name, plan.decode.name)
+                plan.prefill.health.failed(now_s)
+                plan.decode.health.failed(now_s)
+            return
+        worker = plan.prefill if failed.worker == plan.prefill.name else plan.decode
+        run.avoid.workers.add(worker)
+        if failed.fault is not Fault.LOST:
+            worker.health.failed(now_s)
 
-    async def _stream(self, run: _Run, client: Client, body: bytes, limit_s: float) -> None:
-        worker = run.plan.decode
-        watch = StreamWatch()
-        run.seen = watch.seen
-        try:
-            async with asyncio.timeout(limit_s):
-                response = await self._open(worker.registration, run.request.endpoint, body)
-                piece = await self._upstream.read(worker.name, response)
-        except TimeoutError:
-            raise LegFailed(
-                worker.name, Fault.TIMEOUT, f"{worker.name} sent nothing within {limit_s:g} s", 504
-            ) from None
-        try:
-            watch.feed(piece)
-            if not piece or watch.seen.failure is not None:
-                _check(worker.name, watch.end())
-            run.record.ttft_s = self._clock_s() - run.record.started_s
-            self._placement.prefilled(run.flight, self._clock_s())
-            await client.start(200, {**_content_type(response.headers), "cache-control": "no-cache", **run.headers})
-            while piece:
-                await client.write(piece)
-                if watch.seen.failure is not None:
-                    break
-                piece = await self._upstream.read(worker.name, response)
-                watch.feed(piece)
-            _check(worker.name, watch.end(), relayed=True)
-            if run.plan.alone:
-                self._note_usage(run, watch.seen)
-            await client.end()
-        finally:
-            response.close()
+    def _after(self, run: _Run, failed: LegFailed | Moved) -> tuple[Next, str]:
+        assert run.attempt is not None
+        situation = Situation(
+            client_to_blame=isinstance(failed, LegFailed) and failed.client_to_blame,
+            moved=isinstance(failed, Moved),
+            begun=run.delivery.begun,
+            hindrance=self._hindrance(run, run.attempt),
+            # Who could not be reached has not even seen it: that is bounded by how many they are.
+            retries=sum(one.then == Next.RETRY and not one.unreached for one in run.record.tries),
+            resumes=sum(one.then == Next.RESUME for one in run.record.tries),
+        )
+        if isinstance(failed, LegFailed) and failed.fault is Fault.UNTRUE and situation.begun:
+            # Nobody knows what the client has.
+            situation = replace(situation, hindrance="untrue")
+        return after(situation, self._limits, self._budget.left())
 
-    async def _whole(
-        self, registration: Registration, endpoint: Endpoint, body: bytes
-    ) -> tuple[bytes, Mapping[str, str]]:
-        """An answer in one piece, and its headers."""
-        response = await self._open(registration, endpoint, body)
-        try:
-            return await self._upstream.read_all(registration.worker, response), response.headers
-        finally:
-            # Also where it is cancelled: the worker sees a closed connection, even if no abort reaches it.
-            response.close()
+    def _hindrance(self, run: _Run, attempt: Attempt) -> str:
+        """Why this request could not go on elsewhere, once begun; "" where it could."""
+        if not run.delivery.begun:
+            return ""
+        if why := forbids(run.request):
+            return why
+        if run.prompt.ids is None:
+            return "not rendered"
+        if attempt.stream is None:
+            return "not a stream"
+        stops = stop_strings(run.request)
+        ids = [*run.delivery.ids, *attempt.delivered_ids]
+        if run.request.max_new_tokens is not None and len(ids) >= run.request.max_new_tokens:
+            return "at its end"
+        tail = self._renderer.text(ids[-TAIL_TOKENS:]) if stops else ""
+        return hinders(attempt.stream, stops, tail)
 
-    async def _open(self, registration: Registration, endpoint: Endpoint, body: bytes) -> aiohttp.ClientResponse:
-        return await self._upstream.open(registration.worker, registration.url + endpoint.value, body)
+    def _settle(self, run: _Run, attempt: Attempt, flight: Flight, well: bool) -> None:
+        """Takes an attempt's load off its workers, and what it says of them in."""
+        record, seen, now_s = run.record, attempt.seen, self._clock_s()
+        before = len(run.delivery.ids)
+        part = seen.usage.completion_tokens if seen.usage is not None else seen.token_events
+        record.generated_tokens = before + part
+        if attempt.plan.alone and seen.usage is not None and not before:
+            record.actual_cached_tokens = seen.usage.cached_tokens
+        # How fast an answer came that was cut short says nothing of the worker.
+        itl_s = None
+        if well and record.ttft_s is not None and part > 1 and not before:
+            itl_s = (now_s - record.started_s - record.ttft_s) / (part - 1)
+        self._placement.ended(flight, now_s, itl_s, part)
+        self._admission.changed()
 
-    def _note_usage(self, run: _Run, seen: Seen) -> None:
-        """What the engine says it computed, and what it had."""
-        if seen.usage is not None:
-            run.record.actual_cached_tokens = seen.usage.cached_tokens
-            run.record.prompt_tokens = seen.usage.prompt_tokens or run.record.prompt_tokens
+    def _account(self, run: _Run, outcome: Outcome) -> None:
+        record, now_s = run.record, self._clock_s()
+        failed = next((one.failed for one in reversed(record.tries) if one.failed), None)
+        error = (record.error or failed) if outcome is Outcome.ERROR else None
+        self._ledger.end(record, outcome, now_s=self._wall_s(), steady_s=now_s, error=error)
+        log.log(logging.WARNING if error else logging.INFO, "request %s trace=%s", line(record), run.trace.trace)
+        self._on_end(record)
 
     def _handoff(self, prefill: Registration) -> Handoff:
         return Handoff(
@@ -401,36 +441,14 @@ class Dispatcher:
             epoch=prefill.epoch,
         )
 
-    def _abort(self, run: _Run) -> None:
-        """Tells both workers, without waiting."""
-        rids = engine_rids(run.request, run.rid)
-        for worker in {run.plan.prefill.name: run.plan.prefill, run.plan.decode.name: run.plan.decode}.values():
-            self._spawn(self._upstream.abort(worker.name, worker.registration.url, rids))
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-
-def _check(worker: str, seen: Seen, *, relayed: bool = False) -> None:
-    """Raises LegFailed where an answer of status 200 is none.
-
-    relayed  the client has seen all of it already
-    """
-    if seen.failure is not None:
-        failed = refused(worker, seen.failure.status, seen.failure.message)
-        failed.told = relayed and seen.failure.told
-        raise failed
-    if seen.empty:
-        raise LegFailed(worker, Fault.BROKEN, f"{worker} ended its answer without a token")
-
-
-def _content_type(headers: Mapping[str, str]) -> dict[str, str]:
-    return {"content-type": headers.get("content-type", "application/json")}
-
-
-def _as_api_error(failed: LegFailed) -> ApiError:
+def _as_api_error(failed: LegFailed | Moved) -> ApiError:
+    if isinstance(failed, Moved):
+        # It could have gone on elsewhere when it was asked to, and a moment later it could not.
+        return ApiError(503, "the worker is taken out of service", "server_error", code="worker_drained")
     if failed.client_to_blame:
         return ApiError(failed.status, failed.message)
-    return ApiError(failed.status, failed.message, "server_error", code=f"worker_{failed.fault}")
+    fields: dict[str, Any] = {"code": f"worker_{failed.fault}"}
+    if failed.status == 503:
+        fields["retry_after_s"] = 1
+    return ApiError(failed.status, failed.message, "server_error", **fields)

@@ -1,9 +1,10 @@
 """A simulated worker: the network face of a prefill or decode worker, with a prefix cache and no model.
 
 It answers the two OpenAI endpoints, registers itself, publishes page events and answers
-questions about them, over real sockets and with the cluster's key. Its text means
-nothing; its cached tokens are true of the cache it keeps. It can be told to fail in the
-ways in which engines fail. For tests and for trying the router without an engine.
+questions about them, over real sockets and with the cluster's key. Its text counts its
+tokens, and goes on where a prompt ends with tokens of its own; its cached tokens are true
+of the cache it keeps. It can be told to fail in the ways in which engines fail. For
+tests and for trying the router without an engine.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ from transfer.wire import (
     parse_bound_host,
 )
 
+FIRST_TOKEN = 1_000_000
+"""Its own tokens count from here: no tokenizer of a test has as many."""
 PAGE_BYTES = 1024
 """What a page of KV is said to take."""
 _HOST = "127.0.0.1"
@@ -74,8 +77,19 @@ class Fault(StrEnum):
     """A stream that ends with finish_reason "abort"."""
     DIE_MIDSTREAM = "die_midstream"
     """The connection is closed after some tokens."""
+    OTHER_PROMPT = "other_prompt"
+    """It says that it computed a prompt of one token more."""
+    SHORT = "short"
+    """It ends one token before what was asked for, and says that this is all."""
+    HANDOFF = "handoff"
+    """HTTP 500, as an engine says that a hand-off failed."""
     STALL = "stall"
     """No more of the answer after its beginning, until aborted."""
+
+
+@dataclass(slots=True)
+class FaultsLeft:
+    count: int
 
 
 class Handoffs:
@@ -130,6 +144,12 @@ class FakeWorker:
     epoch: int = field(default_factory=time.time_ns)
     state: WorkerState = "ready"
     fault: Fault = Fault.NONE
+    marks: bool = True
+    """Whether the events of its streams say which tokens they are, as those of our engines do."""
+    faults_left: FaultsLeft | None = None
+    """How many requests go wrong before all go well; workers may share it. None: all."""
+    silent_s: float = 0.0
+    """How long its scheduler says that it has not moved."""
     lose_batches: int = 0
     """So many of the next batches are not published, as if the network had dropped them."""
     snapshot_part_pages: int = 3
@@ -160,6 +180,7 @@ class FakeWorker:
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_get("/health", self._health)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, _HOST, 0)
@@ -212,6 +233,7 @@ class FakeWorker:
             sequence=self.sequence,
             held_pages=len(self._held),
             audit_s=self.audit_s,
+            load=wire.Load(silent_s=self.silent_s),
             handoffs=list(self._totals.values()),
             lease_s=self.lease_s,
             leaving=leaving,
@@ -225,6 +247,10 @@ class FakeWorker:
             aiohttp.ClientSession() as session,
             session.post(f"{router_url}/internal/register", data=body, headers=headers) as response,
         ):
+            if response.status == 200:
+                answer = msgspec.json.decode(await response.read(), type=wire.Registered)
+                if answer.drain is not None:
+                    self.state = "draining" if answer.drain else "ready"
             return response.status
 
     def renew(self, router_url: str, every_s: float) -> asyncio.Task[None]:
@@ -305,6 +331,9 @@ class FakeWorker:
         parts = [pages[start : start + size] for start in range(0, len(pages), size)] or [[]]
         return [*(Snapshot(self.name, self.epoch, index, part) for index, part in enumerate(parts)), end]
 
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
     async def _abort(self, request: web.Request) -> web.Response:
         rid = (await request.json())["rid"]
         self.aborted.append(rid)
@@ -323,10 +352,12 @@ class FakeWorker:
             return _flat_error(500, f"KVTransferError: {error}")
 
     async def _respond(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        rid = _rid(body)
-        match self.fault:
+        rid, fault = _rid(body), self._next_fault()
+        match fault:
             case Fault.ERROR:
-                return _flat_error(500, "KVTransferError: simulated")
+                return _flat_error(500, "simulated: out of memory")
+            case Fault.HANDOFF:
+                return _flat_error(500, "Prefill transfer failed for request rank=0: HandoffFailed(simulated)")
             case Fault.BAD_REQUEST:
                 return _flat_error(400, "simulated: the request is wrong")
             case Fault.HANG:
@@ -345,19 +376,23 @@ class FakeWorker:
             cached = await self._prefill(ids, body)
         if self.role == "prefill":
             self.handoffs.deliver(body["bootstrap_room"])
-            return web.json_response(_answer(self.model, request.path, "x", len(ids), 1, cached))
+            return web.json_response(_answer(self.model, request.path, "x", self._counted(ids, fault), 1, cached))
         if self.role == "decode":
             await self._wait(rid, self.handoffs.delivered(body["bootstrap_room"]))
             await self._landed(ids, body, began_s)
-        if self.fault is Fault.EMPTY:
+        if fault is Fault.EMPTY:
             return web.Response(content_type="text/event-stream" if body.get("stream") else "application/json")
-        count = body.get("max_tokens") or body.get("max_completion_tokens") or 4
+        first = _generated(ids)
+        default = 16 if request.path == "/v1/completions" else max(1, 4 - first)
+        count = body.get("max_tokens") or body.get("max_completion_tokens") or default
+        count -= fault is Fault.SHORT
         if body.get("stream"):
-            return await self._stream(request, body, len(ids), count, cached)
-        if self.fault is Fault.STALL:
+            numbers = range(first, first + count)
+            return await self._stream(request, body, self._counted(ids, fault), numbers, cached, fault)
+        if fault is Fault.STALL:
             return await self._half(request, rid)
-        text = " ".join(f"t{number}" for number in range(count))
-        return web.json_response(_answer(self.model, request.path, text, len(ids), count, cached))
+        text = " ".join(f"t{number}" for number in range(first, first + count))
+        return web.json_response(_answer(self.model, request.path, text, self._counted(ids, fault), count, cached))
 
     async def _half(self, request: web.Request, rid: str) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "application/json"})
@@ -411,27 +446,51 @@ class FakeWorker:
         self._totals[kind] = self._totals.get(kind, kind).plus(ended)
         await self.publish(wire.Handoffs(self.name, self.epoch, [ended]))
 
+    @staticmethod
+    def _counted(ids: list[int], fault: Fault) -> int:
+        """Tokens of the prompt, as it says."""
+        return len(ids) + (fault is Fault.OTHER_PROMPT)
+
+    def _next_fault(self) -> Fault:
+        if self.faults_left is None or self.fault is Fault.NONE:
+            return self.fault
+        self.faults_left.count -= 1
+        return self.fault if self.faults_left.count >= 0 else Fault.NONE
+
     async def _stream(
-        self, request: web.Request, body: dict[str, Any], prompt_tokens: int, count: int, cached: int
+        self,
+        request: web.Request,
+        body: dict[str, Any],
+        prompt_tokens: int,
+        numbers: range,
+        cached: int,
+        fault: Fault,
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         chat = request.path.startswith("/v1/chat")
-        if self.fault is Fault.ERROR_EVENT_FIRST:
+        if fault is Fault.ERROR_EVENT_FIRST:
             await response.write(_error_event("simulated: prefill failed"))
             return response
-        for number in range(count):
+        if chat:
+            opening = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            await response.write(_event(self.model, body["rid"], [{"index": 0, **opening}]))
+        for number in numbers:
             delta = {"delta": {"content": f"t{number} "}} if chat else {"text": f"t{number} "}
-            await response.write(_event(self.model, [{"index": 0, **delta, "finish_reason": None}]))
-            if number < 1:
+            more = "+" if number == numbers[-1] else str(FIRST_TOKEN + number)
+            mark = f"mainstem: {more}\n".encode() if self.marks else b""
+            event = _event(self.model, body["rid"], [{"index": 0, **delta, "finish_reason": None}])
+            await response.write(mark + event)
+            if number == numbers[0]:
                 continue
             await self._wait(_rid(body), self.gate.wait())
-            match self.fault:
+            match fault:
                 case Fault.ERROR_EVENT:
                     await response.write(_error_event("simulated: out of memory"))
                     return response
                 case Fault.ABORTED:
-                    await response.write(_event(self.model, [{"index": 0, "finish_reason": "abort"}]))
+                    aborted = [{"index": 0, "finish_reason": "abort"}]
+                    await response.write(_event(self.model, body["rid"], aborted))
                     await response.write(b"data: [DONE]\n\n")
                     return response
                 case Fault.DIE_MIDSTREAM:
@@ -441,9 +500,10 @@ class FakeWorker:
                 case Fault.STALL:
                     await self._wait(_rid(body), asyncio.Event().wait())
         last: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
-        await response.write(_event(self.model, [{"index": 0, **last, "finish_reason": "length"}]))
+        await response.write(_event(self.model, body["rid"], [{"index": 0, **last, "finish_reason": "length"}]))
         if (body.get("stream_options") or {}).get("include_usage"):
-            await response.write(_event(self.model, [], _usage(prompt_tokens, count, cached)))
+            usage = _usage(prompt_tokens, len(numbers), cached)
+            await response.write(_event(self.model, body["rid"], [], usage))
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -489,8 +549,13 @@ def _answer(model: str, path: str, text: str, prompt_tokens: int, count: int, ca
     }
 
 
-def _event(model: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-    chunk = {"id": "fake", "object": "chat.completion.chunk", "created": 0, "model": model, "choices": choices}
+def _generated(ids: list[int]) -> int:
+    """How many tokens at the end of a prompt are of this worker's making."""
+    return next((place for place, token in enumerate(reversed(ids)) if token < FIRST_TOKEN), len(ids))
+
+
+def _event(model: str, rid: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+    chunk = {"id": rid, "object": "chat.completion.chunk", "created": 0, "model": model, "choices": choices}
     return b"data: " + json.dumps({**chunk, "usage": usage}).encode() + b"\n\n"
 
 

@@ -8,8 +8,9 @@
 
 Load is counted when a request is dispatched, in tokens that the worker has to
 compute, not when the worker reports it a second later: otherwise every request of
-a burst goes to the same worker. A worker that could not be reached is *suspect* for
-a moment, and is taken only where nobody else is left.
+a burst goes to the same worker. A worker where a request failed is *suspect* until it
+has answered a probe, and is taken only where nobody else is left (`router.health`); one
+whose engine has not moved for long is *hung*, and gets nothing until it does.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from router.gossip import NOTHING, Elsewhere, WorkerLoad
+from router.health import Condition, Health
 from transfer.wire import Registration, Role, WorkerState
 
-SUSPECT_S = 5.0
-"""How long a worker that could not be reached is avoided."""
 FORGET_S = 60.0
 """How long a lost worker is still shown, and one that left is not let in again."""
 MAX_LEFT = 4096
@@ -76,7 +76,9 @@ class Worker:
     seen_s: float
     lost: bool = False
     mode: FeedMode = FeedMode.LOAD_ONLY
-    suspect_until_s: float = -math.inf
+    health: Health = field(default_factory=Health)
+    hung: bool = False
+    """Its engine has not moved for longer than any step of it takes."""
     inflight_requests: int = 0
     outstanding_uncached_tokens: int = 0
     """Prompt tokens sent to it that it has to compute and has not reported done."""
@@ -87,6 +89,8 @@ class Worker:
     """When it began with the first of them: when the one before was done."""
     inflight_tokens: int = 0
     """Prompt tokens of the requests that decode there."""
+    reserved_tokens: int = 0
+    """KV slots that these requests are expected to take, beside what it held already."""
     requests: int = 0
     """Requests sent to it, since it was first seen."""
     recent: Recent = field(default_factory=Recent)
@@ -106,6 +110,13 @@ class Worker:
         """Requests in flight: the engine's count, or the routers' own, which is newer."""
         return max(self.inflight_requests + self.elsewhere.inflight_requests, self.registration.load.running_requests)
 
+    def has_room(self, tokens: int) -> bool:
+        """Whether a request that takes so many KV slots can decode there now. An idle worker has room for any."""
+        if not self.inflight_requests:
+            return True
+        taken = self.reserved_tokens + self.elsewhere.inflight_tokens
+        return taken + tokens <= self.registration.capacity_tokens
+
     def wait_s(self, now_s: float) -> float:
         """Until it has computed what was sent to it from here. Of the first, it may have done nearly all by now."""
         if not self.outstanding_prefills:
@@ -113,11 +124,13 @@ class Worker:
         first_s = self.outstanding_s / self.outstanding_prefills
         return max(0.0, self.outstanding_s - min(now_s - self.working_since_s, first_s))
 
-    def state(self, now_s: float) -> WorkerState | str:
-        """starting, ready, draining, lost or suspect."""
+    def state(self) -> WorkerState | str:
+        """starting, ready, draining, lost, hung or suspect."""
         if self.lost:
             return "lost"
-        if self.registration.state == "ready" and now_s < self.suspect_until_s:
+        if self.registration.state != "starting" and self.hung:
+            return "hung"
+        if self.registration.state == "ready" and self.health.condition is Condition.SUSPECT:
             return "suspect"
         return self.registration.state
 
@@ -132,14 +145,19 @@ class Ticket:
     prompt_tokens: int
     prefill_s: float
     """What its prefill was expected to take."""
+    reserved_tokens: int = 0
     prefilling: bool = True
     decoding: bool = True
 
 
 class Fleet:
-    """All workers by name. Time is in seconds of any steady clock, the same in every call."""
+    """All workers by name. Time is in seconds of any steady clock, the same in every call.
 
-    def __init__(self) -> None:
+    hung_s  an engine that has not moved for longer gets nothing
+    """
+
+    def __init__(self, hung_s: float = math.inf) -> None:
+        self._hung_s = hung_s
         self._workers: dict[str, Worker] = {}
         self._by_name: list[Worker] = []
         """The same workers, sorted."""
@@ -181,6 +199,7 @@ class Fleet:
             self._by_name = [self._workers[name] for name in sorted(self._workers)]
             return Change.NEW if known is None else Change.REPLACED
         known.registration, known.seen_s = registration, now_s
+        known.hung = registration.load.silent_s > self._hung_s
         if known.lost:
             known.lost = False
             return Change.BACK
@@ -211,14 +230,33 @@ class Fleet:
         return lost
 
     def suspect(self, name: str, now_s: float) -> None:
-        """Notes that the worker could not be reached."""
+        """Notes that a request failed there."""
         if name in self._workers:
-            self._workers[name].suspect_until_s = now_s + SUSPECT_S
+            self._workers[name].health.failed(now_s)
 
-    def candidates(self, now_s: float) -> tuple[list[Worker], list[Worker]]:
+    def candidates(self) -> tuple[list[Worker], list[Worker]]:
         """`ready` without suspects, unless nobody else can prefill, or decode."""
         prefills, decodes = self.ready()
-        return _unsuspected(prefills, now_s), _unsuspected(decodes, now_s)
+        return _unsuspected(prefills), _unsuspected(decodes)
+
+    def may_come(self) -> bool:
+        """Whether any of the workers gets nothing now, and may be there again soon."""
+        return any(
+            worker.lost
+            or worker.hung
+            or worker.registration.state != "ready"
+            or worker.health.condition is Condition.SUSPECT
+            for worker in self
+        )
+
+    def any_pair(self) -> bool:
+        """Whether there is anybody to prefill, and anybody to decode."""
+        prefills, decodes = self.ready()
+        return bool(prefills and decodes)
+
+    def to_probe(self, now_s: float) -> list[Worker]:
+        """Workers whose time to be probed has come."""
+        return [worker for worker in self if not worker.lost and worker.health.probe_at_s <= now_s]
 
     def ready(self) -> tuple[list[Worker], list[Worker]]:
         """Workers that take requests, by name: those that prefill, and those that decode."""
@@ -226,7 +264,7 @@ class Fleet:
         decodes: list[Worker] = []
         for worker in self._by_name:
             registration = worker.registration
-            if worker.lost or registration.state != "ready":
+            if worker.lost or worker.hung or registration.state != "ready":
                 continue
             if registration.role != "decode":
                 prefills.append(worker)
@@ -250,13 +288,23 @@ class Fleet:
         }
 
     def dispatch(
-        self, prefill: str, decode: str, prompt_tokens: int, uncached_tokens: int, prefill_s: float, now_s: float
+        self,
+        prefill: str,
+        decode: str,
+        prompt_tokens: int,
+        uncached_tokens: int,
+        prefill_s: float,
+        now_s: float,
+        reserved_tokens: int = 0,
     ) -> Ticket:
         """Counts a request on the workers that it is sent to now.
 
-        prefill_s  what its prefill is expected to take
+        prefill_s        what its prefill is expected to take
+        reserved_tokens  KV slots that it is expected to take where it decodes
         """
-        ticket = Ticket(self._workers[prefill], self._workers[decode], uncached_tokens, prompt_tokens, prefill_s)
+        ticket = Ticket(
+            self._workers[prefill], self._workers[decode], uncached_tokens, prompt_tokens, prefill_s, reserved_tokens
+        )
         first, second = ticket.prefill, ticket.decode
         if not first.outstanding_prefills:
             first.working_since_s = now_s
@@ -265,10 +313,12 @@ class Fleet:
         first.outstanding_prefills += 1
         first.recent.add(uncached_tokens, now_s)
         second.inflight_tokens += prompt_tokens
+        second.reserved_tokens += reserved_tokens
         second.recent.add(prompt_tokens, now_s)
         for worker in {id(first): first, id(second): second}.values():
             worker.inflight_requests += 1
             worker.requests += 1
+            worker.health.sent()
         return ticket
 
     def prefilled(self, ticket: Ticket, now_s: float) -> None:
@@ -293,8 +343,11 @@ class Fleet:
             return
         ticket.decoding = False
         ticket.decode.inflight_tokens -= ticket.prompt_tokens
+        ticket.decode.reserved_tokens -= ticket.reserved_tokens
         ticket.decode.inflight_requests -= 1
+        for worker in {id(ticket.prefill): ticket.prefill, id(ticket.decode): ticket.decode}.values():
+            worker.health.ended()
 
 
-def _unsuspected(workers: list[Worker], now_s: float) -> list[Worker]:
-    return [worker for worker in workers if now_s >= worker.suspect_until_s] or workers
+def _unsuspected(workers: list[Worker]) -> list[Worker]:
+    return [worker for worker in workers if worker.health.offered] or workers

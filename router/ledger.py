@@ -16,6 +16,7 @@ from router.decision import Decision
 from transfer.ended import Ended
 
 KEPT_REQUESTS = 200
+FOLLOWED = ("retry", "resume")
 KEPT_S = 15 * 60
 """How far back the line of seconds goes."""
 
@@ -25,6 +26,24 @@ class Outcome(StrEnum):
     OK = "ok"
     ERROR = "error"
     CANCELLED = "cancelled"
+
+
+@dataclass(slots=True)
+class Try:
+    """One pair's attempt at a request. Times are of the steady clock."""
+
+    prefill: str
+    decode: str
+    number: int
+    started_s: float
+    prefilled_s: float | None = None
+    """When its pages were delivered."""
+    failed: str = ""
+    """What went wrong, without any words of the engine; "" where nothing did."""
+    unreached: bool = False
+    """Whether there was no connection to the worker that failed."""
+    then: str = ""
+    """What followed: retry, resume, or why neither; "" after the one that went well."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,6 +58,10 @@ class Record:
     endpoint: str
     stream: bool
     decision: Decision
+    tenant: str = ""
+    """The name of its key; "" where it has none."""
+    queued_s: float = 0.0
+    """From its body to its first dispatch."""
     unrendered: str = ""
     """Why the prompt was not tokenized here; "" where it was."""
     prompt_tokens: int
@@ -52,10 +75,17 @@ class Record:
     total_s: float | None = None
     outcome: Outcome = Outcome.RUNNING
     error: str | None = None
+    tries: list[Try] = field(default_factory=list)
+    """In their order; all but the last have failed, or were moved."""
     rooms: range = range(0)
     """Where its pages are handed over, a room for each prompt; none where one worker does both parts."""
     handoffs: list[Ended] = field(default_factory=list)
     """Those that are over, as the decode worker told of them."""
+
+    @property
+    def mode(self) -> str:
+        """Whether one worker did both parts, or two."""
+        return "aggregated" if self.decision.prefill == self.decision.decode else "disaggregated"
 
     @property
     def predicted_cached_tokens(self) -> int:
@@ -93,6 +123,8 @@ class Ledger:
         self.totals = Counts()
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._by_room: dict[int, Record] = {}
+        self.followed: dict[str, int] = {}
+        """By what followed a failed attempt (retry, resume, told), how often."""
         self._seconds: deque[tuple[int, Counts]] = deque()
 
     def begin(self, record: Record) -> None:
@@ -106,6 +138,8 @@ class Ledger:
 
     def expect(self, record: Record, room: int, prompts: int) -> None:
         """The request's pages are handed over in this room; those of a batch in as many, counted up from it."""
+        for earlier in record.rooms:
+            self._by_room.pop(earlier, None)
         record.rooms = range(room, room + prompts)
         if self._records.get(record.id) is record:
             self._by_room |= dict.fromkeys(record.rooms, record)
@@ -119,6 +153,10 @@ class Ledger:
     def end(self, record: Record, outcome: Outcome, *, now_s: float, steady_s: float, error: str | None = None) -> None:
         """The request is over. Its tokens count as cached only where the engine said so itself."""
         record.outcome, record.error = outcome, error
+        for one in record.tries:
+            if one.failed:
+                then = one.then if one.then in FOLLOWED else "told"
+                self.followed[then] = self.followed.get(then, 0) + 1
         record.total_s = steady_s - record.started_s
         if record.ttft_s is not None and record.generated_tokens > 1:
             record.itl_s = (record.total_s - record.ttft_s) / (record.generated_tokens - 1)

@@ -6,16 +6,17 @@ asks, so nothing is counted twice; only histograms and decisions are fed, one re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from router.admission import Admission
 from router.audit import Audits
 from router.fleet import FeedMode, Fleet
 from router.handoffs import Handoffs
 from router.index import Index
-from router.ledger import Ledger, Record
+from router.ledger import FOLLOWED, Ledger, Record
 from router.placement import Placement
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -32,14 +33,21 @@ class Metrics:
         handoffs: Handoffs,
         audits: Audits,
         placement: Placement,
-        clock_s: Callable[[], float],
+        admission: Admission,
     ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Collector(ledger, fleet, index, handoffs, clock_s))
+        self._registry.register(_Collector(ledger, fleet, index, handoffs, admission))
         self._registry.register(_Choices(fleet, audits, placement))
         self._ttft = self._histogram("mainstem_time_to_first_token_seconds", "Until the first bytes of a stream")
         self._itl = self._histogram("mainstem_inter_token_seconds", "Mean time between tokens, one value a request")
         self._total = self._histogram("mainstem_request_seconds", "From choice to end")
+        self._queued = self._histogram("mainstem_queue_seconds", "From a request's body to its first dispatch")
+        self._served = Counter(
+            "mainstem_served",
+            "Requests that are over, by how they were served last and what became of them",
+            labelnames=["mode", "outcome"],
+            registry=self._registry,
+        )
         self._decisions = Counter(
             "mainstem_decisions",
             "Requests that are over, by the first word of why they went where they did",
@@ -49,6 +57,8 @@ class Metrics:
 
     def ended(self, record: Record) -> None:
         """Takes in a finished request."""
+        self._served.labels(record.mode, record.outcome.value).inc()
+        self._queued.observe(record.queued_s)
         self._decisions.labels(record.decision.policy, _kind(record)).inc()
         for histogram, value in ((self._ttft, record.ttft_s), (self._itl, record.itl_s), (self._total, record.total_s)):
             if value is not None:
@@ -68,19 +78,28 @@ def _kind(record: Record) -> str:
 
 
 class _Collector:
-    def __init__(
-        self, ledger: Ledger, fleet: Fleet, index: Index, handoffs: Handoffs, clock_s: Callable[[], float]
-    ) -> None:
+    def __init__(self, ledger: Ledger, fleet: Fleet, index: Index, handoffs: Handoffs, admission: Admission) -> None:
         self._ledger = ledger
         self._fleet = fleet
         self._index = index
         self._handoffs = handoffs
-        self._clock_s = clock_s
+        self._admission = admission
 
     def collect(self) -> Iterator[Metric]:
         totals = self._ledger.totals
         yield CounterMetricFamily("mainstem_requests", "Requests received", value=totals.requests)
         yield CounterMetricFamily("mainstem_errors", "Requests that failed", value=totals.errors)
+        yield GaugeMetricFamily("mainstem_waiting_requests", "Requests that wait for room", value=len(self._admission))
+        refused = CounterMetricFamily("mainstem_refused", "Requests turned away without being sent", labels=["why"])
+        for why in ("full", "late", "no_worker"):
+            refused.add_metric([why], self._admission.refused.get(why, 0))
+        yield refused
+        followed = CounterMetricFamily(
+            "mainstem_failed_attempts", "Attempts that failed or were moved, by what followed", labels=["then"]
+        )
+        for then in (*FOLLOWED, "told"):
+            followed.add_metric([then], self._ledger.followed.get(then, 0))
+        yield followed
         yield CounterMetricFamily("mainstem_prompt_tokens", "Prompt tokens", value=totals.prompt_tokens)
         yield CounterMetricFamily("mainstem_generated_tokens", "Generated tokens", value=totals.generated_tokens)
         cached = CounterMetricFamily("mainstem_cached_tokens", "Prompt tokens not computed again", labels=["source"])
@@ -105,7 +124,7 @@ class _Collector:
         requests = CounterMetricFamily("mainstem_worker_requests", "Requests sent to it", labels=labels)
         for worker in self._fleet:
             key = [worker.name, worker.role]
-            up.add_metric(key, worker.state(self._clock_s()) == "ready")
+            up.add_metric(key, worker.state() == "ready")
             exact.add_metric(key, worker.mode is FeedMode.EXACT)
             pages.add_metric(key, self._index.held(worker.name))
             inflight.add_metric(key, worker.inflight_requests)

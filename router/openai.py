@@ -14,8 +14,11 @@ the rest.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -45,7 +48,14 @@ class ApiError(Exception):
     """Something the client is told, in OpenAI's shape."""
 
     def __init__(
-        self, status: int, message: str, kind: str = "invalid_request_error", *, param: str = "", code: str = ""
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        *,
+        param: str = "",
+        code: str = "",
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -53,6 +63,7 @@ class ApiError(Exception):
         self.kind = kind
         self.param = param or None
         self.code = code or None
+        self.headers = {} if retry_after_s is None else {"retry-after": str(max(1, math.ceil(retry_after_s)))}
 
     def body(self) -> bytes:
         """{"error": {"message", "type", "param", "code"}}"""
@@ -79,6 +90,10 @@ class ClientRequest:
     """What the client says that it belongs to: for policies that keep sessions together; "" where it says nothing."""
     max_new_tokens: int | None
     """What the client asked for; None: as many as fit."""
+    limit_field: str = "max_tokens"
+    """Where it stands, or would."""
+    may_resume: bool = True
+    """Whether the client allows that a stream goes on elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +107,11 @@ class Handoff:
     """The life of the prefill worker that it is meant for: another one does not know of it, and shall say so."""
 
 
-def read(endpoint: Endpoint, raw: bytes, model: str) -> ClientRequest:
+def read(endpoint: Endpoint, raw: bytes, model: str, *, may_resume: bool = True) -> ClientRequest:
     """Checks what both the router and the engine rely on.
 
-    model  the only name that is served
+    model       the only name that is served
+    may_resume  whether the client allows that a stream goes on elsewhere
 
     Raises ApiError.
     """
@@ -121,7 +137,7 @@ def read(endpoint: Endpoint, raw: bytes, model: str) -> ClientRequest:
             param="n",
         )
     names = ("max_completion_tokens", "max_tokens") if endpoint is Endpoint.CHAT else ("max_tokens",)
-    limits = [limit for limit in (_count(body, name) for name in names) if limit is not None]
+    limits = {name: limit for name in names if (limit := _count(body, name)) is not None}
     default = None if endpoint is Endpoint.CHAT else 16
     return ClientRequest(
         endpoint=endpoint,
@@ -130,7 +146,9 @@ def read(endpoint: Endpoint, raw: bytes, model: str) -> ClientRequest:
         stream=stream,
         salt=_salt(body),
         session=_session(body),
-        max_new_tokens=limits[0] if limits else default,
+        max_new_tokens=next(iter(limits.values()), default),
+        limit_field=next(iter(limits), "max_tokens"),
+        may_resume=may_resume,
     )
 
 
@@ -167,15 +185,22 @@ def check_length(request: ClientRequest, prompt_tokens: int, context_tokens: int
 
 
 def leg_body(
-    request: ClientRequest, rid: str, ids: list[int] | None, handoff: Handoff | None, *, keep_stream: bool
+    request: ClientRequest,
+    rid: str,
+    ids: list[int] | None,
+    handoff: Handoff | None,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    keep_stream: bool,
 ) -> bytes:
     """The body for one worker: the client's bytes and our fields.
 
     ids          tokens of the prompt; None: the engine renders it itself
     handoff      None for a worker that decodes what it prefills
+    more         further fields, which replace the client's
     keep_stream  False: answered in one piece, whatever the client wants
     """
-    ours: Json = {}
+    ours: Json = {**more}
     if ids is not None:
         ours["input_ids" if request.endpoint is Endpoint.CHAT else "prompt"] = ids
     ours["rid"] = rid

@@ -107,8 +107,11 @@ class Placement:
         pick = self.policy.choose(ask, pairs)
         return Decision(pairs, pick, self.policy.name, self._alpha)
 
-    def send(self, decision: Decision, ids: Sequence[int], now_s: float) -> Flight:
-        """The request goes to the workers of its decision now."""
+    def send(self, decision: Decision, ids: Sequence[int], now_s: float, new_tokens: int = 0) -> Flight:
+        """The request goes to the workers of its decision now.
+
+        new_tokens  for which decode is expected to need room, beside the prompt's
+        """
         ask = msgspec.structs.replace(decision.pairs.ask, ids=ids)
         prefill, decode = decision.prefill, decision.decode
         work = Work.of(decision.uncached_tokens, decision.prompt_tokens)
@@ -120,6 +123,7 @@ class Placement:
             decision.uncached_tokens,
             self.model.work_s(prefill, work),
             now_s,
+            slots(decision.prompt_tokens, decision.pick.decode.held_pages, ask.page_tokens, new_tokens),
         )
         self.expected.sent(ask.number, prefill, ids, min(len(ids), decision.matched_pages))
         self.policy.sent(ask, prefill, decode)
@@ -224,6 +228,11 @@ class Placement:
             capacity_tokens=registration.capacity_tokens,
             alone=registration.role == "both",
         )
+
+
+def slots(prompt_tokens: int, held_pages: int, page_tokens: int, new_tokens: int) -> int:
+    """KV slots that a request takes where it decodes and so many of its pages are there already."""
+    return max(0, prompt_tokens - held_pages * page_tokens) + new_tokens
 
 
 def _decode_view(worker: Worker, held_pages: int) -> DecodeView:

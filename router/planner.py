@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+from router.avoid import Avoid
 from router.decision import Decision
 from router.fleet import Fleet, Worker
 from router.index import Index
 from router.messages import Unrenderable
 from router.openai import ClientRequest, Endpoint, check_length
-from router.placement import Placement
+from router.placement import Placement, slots
 from router.policy import NoWorker
 from router.render import Renderer
 from transfer.pages import chain_ids, namespace, root_id
@@ -39,6 +42,8 @@ class Plan:
     """Chain ids of the prompt's whole pages, by which it was chosen; none where it was not tokenized."""
     prefill: Worker
     decode: Worker
+    request: ClientRequest
+    prompt: Prompt
 
     @property
     def alone(self) -> bool:
@@ -61,32 +66,120 @@ def render(renderer: Renderer, request: ClientRequest) -> Prompt:
     return Prompt(None, min(MAX_GUESS_TOKENS, max(1, len(request.raw) // BYTES_A_TOKEN)), reason)
 
 
-class Planner:
-    """Finds what the workers hold of a prompt, and lets the placement choose."""
+class NoRoom(NoWorker):
+    """There are workers, and none of them has room now."""
 
-    def __init__(self, fleet: Fleet, index: Index, placement: Placement) -> None:
+
+class Planner:
+    """Finds what the workers hold of a prompt, and lets the placement choose.
+
+    reserve_tokens   room for so many tokens of an answer, or as many as it may have, is wanted before it begins
+    backlog_s        a prefill worker that has so much to compute, and more than one prompt, gets nothing more
+    aggregate        whether workers that do both stand in where there are others, and none of them can prefill
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        index: Index,
+        placement: Placement,
+        *,
+        reserve_tokens: int = 512,
+        backlog_s: float = math.inf,
+        aggregate: bool = True,
+    ) -> None:
         self._fleet = fleet
         self._index = index
         self._placement = placement
+        self._reserve_tokens = reserve_tokens
+        self._backlog_s = backlog_s
+        self._aggregate = aggregate
 
-    def plan(self, request: ClientRequest, prompt: Prompt, now_s: float) -> Plan:
-        """Chooses the pair. Raises policy.NoWorker, ApiError where the prompt is too long for it."""
+    @property
+    def _has_roles(self) -> bool:
+        """Whether there are workers that prefill for others, or decode for them, at least at times."""
+        return any(worker.role != "both" for worker in self._fleet)
+
+    @property
+    def token_s(self) -> float:
+        """What a worker takes for one more token of a prompt, about."""
+        return self._placement.model.prefill_s("", 1024, 1024) / 1024
+
+    def new_tokens(self, request: ClientRequest) -> int:
+        """Tokens of an answer for which decode shall have room before it begins."""
+        return min(request.max_new_tokens or self._reserve_tokens, self._reserve_tokens)
+
+    def plan(
+        self, request: ClientRequest, prompt: Prompt, now_s: float, avoid: Avoid, *, only_with_room: bool = True
+    ) -> Plan:
+        """Chooses the pair. Raises policy.NoWorker, ApiError where the prompt is too long for every worker.
+
+        only_with_room  False: also where the request has to wait in an engine's own queue
+        """
         try:
-            decision, pages = self._choose(self._fleet.candidates(now_s), request, prompt, now_s)
+            return self._among(self._fleet.candidates(), request, prompt, now_s, avoid, only_with_room)
+        except NoRoom:
+            raise
         except NoWorker:
-            decision, pages = self._choose(self._fleet.ready(), request, prompt, now_s)
-        chosen = Plan(decision, pages, self._fleet[decision.prefill], self._fleet[decision.decode])
-        if prompt.ids is not None:
-            both = (chosen.prefill.registration, chosen.decode.registration)
-            check_length(request, prompt.tokens, min(registration.max_context_tokens for registration in both))
-        return chosen
+            return self._among(self._fleet.ready(), request, prompt, now_s, avoid, only_with_room)
+
+    def _among(
+        self,
+        workers: tuple[list[Worker], list[Worker]],
+        request: ClientRequest,
+        prompt: Prompt,
+        now_s: float,
+        avoid: Avoid,
+        only_with_room: bool,
+    ) -> Plan:
+        prefills, decodes = ([worker for worker in some if worker not in avoid.workers] for some in workers)
+        if not (self._aggregate or any(worker.role == "prefill" for worker in prefills)) and self._has_roles:
+            prefills = []
+        if prompt.ids is not None and prefills and decodes:
+            longest = min(max(one.registration.max_context_tokens for one in some) for some in (prefills, decodes))
+            check_length(request, prompt.tokens, longest)
+            prefills, decodes = ([one for one in some if _fits(request, prompt, one)] for some in (prefills, decodes))
+        pages, held = self._held(request.salt, prompt, [*prefills, *decodes])
+        if only_with_room and prefills and decodes:
+            prefills = self._without_backlog(prefills, now_s)
+            decodes = self._with_room(decodes, request, prompt, held)
+        return self._choose(prefills, decodes, request, prompt, pages, held, now_s, avoid)
+
+    def _without_backlog(self, prefills: list[Worker], now_s: float) -> list[Worker]:
+        """Those that will come to one more prompt soon. Raises NoRoom."""
+        soon = [one for one in prefills if one.outstanding_prefills < 2 or one.wait_s(now_s) <= self._backlog_s]
+        if not soon:
+            raise NoRoom(f"every prefill worker has more than {self._backlog_s:g} s to compute")
+        return soon
+
+    def _with_room(
+        self, decodes: list[Worker], request: ClientRequest, prompt: Prompt, held: dict[str, int]
+    ) -> list[Worker]:
+        """Those that can take the whole prompt now. Raises NoRoom."""
+        new_tokens = self.new_tokens(request)
+        roomy = [
+            worker
+            for worker in decodes
+            if worker.has_room(
+                slots(prompt.tokens, held.get(worker.name, 0), worker.registration.page_tokens, new_tokens)
+            )
+        ]
+        if not roomy:
+            raise NoRoom(f"no decode worker has room for {prompt.tokens} tokens")
+        return roomy
 
     def _choose(
-        self, workers: tuple[list[Worker], list[Worker]], request: ClientRequest, prompt: Prompt, now_s: float
-    ) -> tuple[Decision, Sequence[int]]:
-        """The decision, and the prompt's chain ids."""
-        prefills, decodes = workers
-        pages, held = self._held(request.salt, prompt, [*prefills, *decodes])
+        self,
+        prefills: list[Worker],
+        decodes: list[Worker],
+        request: ClientRequest,
+        prompt: Prompt,
+        pages: Sequence[int],
+        held: dict[str, int],
+        now_s: float,
+        avoid: Avoid,
+    ) -> Plan:
+        """The choice among these workers, but for pairs that are avoided. Raises policy.NoWorker."""
         decision = self._placement.choose(
             prefills,
             decodes,
@@ -98,7 +191,16 @@ class Planner:
             now_s,
             guessed=prompt.ids is None,
         )
-        return decision, pages
+        prefill, decode = self._fleet[decision.prefill], self._fleet[decision.decode]
+        if (prefill, decode) not in avoid.pairs:
+            return Plan(decision, pages, prefill, decode, request, prompt)
+        # Which of the two is to blame is not known: without both, or else without one of them.
+        near = [one for one in prefills if one is not prefill]
+        far = [one for one in decodes if one is not decode]
+        for some, others in ((near, far), (near, decodes)):
+            with suppress(NoWorker):
+                return self._choose(some, others, request, prompt, pages, held, now_s, avoid)
+        return self._choose(prefills, far, request, prompt, pages, held, now_s, avoid)
 
     def _held(self, salt: str, prompt: Prompt, workers: Sequence[Worker]) -> tuple[list[int], dict[str, int]]:
         """The prompt's chain ids, and how many leading ones each worker holds. All workers of a cluster name alike."""
@@ -108,3 +210,7 @@ class Planner:
         root = root_id(namespace(registration.model, registration.revision, salt))
         pages = chain_ids(root, prompt.ids, registration.page_tokens)
         return pages, self._index.match(pages)
+
+
+def _fits(request: ClientRequest, prompt: Prompt, worker: Worker) -> bool:
+    return prompt.tokens + (request.max_new_tokens or 1) <= worker.registration.max_context_tokens

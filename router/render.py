@@ -125,6 +125,11 @@ class Renderer:
         plain = {name: token.content for name, token in named.items()}
         return cls(tokenizer, template, plain, now=now, no_chat=reason)
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What these tokens say."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
     def chat(self, body: Json) -> Rendered:
         """The prompt of a chat request. Raises Unrenderable."""
         if self._template is None:

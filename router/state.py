@@ -6,10 +6,12 @@ from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
+import msgspec
+
 from router.audit import Audits
 from router.fleet import Fleet, Worker
 from router.index import Index
-from router.ledger import Counts, Ledger, Record
+from router.ledger import FOLLOWED, Counts, Ledger, Record
 from router.placement import Placement
 
 SHOWN_REQUESTS = 50
@@ -28,6 +30,7 @@ def snapshot(
     ledger: Ledger,
     audits: Audits,
     placement: Placement,
+    waiting_requests: int = 0,
 ) -> dict[str, Any]:
     """The whole state. `now_s` is since 1970, `steady_s` is of the fleet's clock."""
     return {
@@ -37,6 +40,8 @@ def snapshot(
         "now_s": now_s,
         "model": model,
         "totals": asdict(ledger.totals),
+        "waiting_requests": waiting_requests,
+        "mended": sum(ledger.followed.get(then, 0) for then in FOLLOWED),
         "series": [{"t_s": second, **_in_series(counts)} for second, counts in ledger.series(now_s)],
         "index": {"nodes": len(index), "bytes": index.bytes, "max_bytes": index.max_bytes},
         "workers": [
@@ -73,7 +78,7 @@ def _worker(worker: Worker, index: Index, audits: Audits, steady_s: float) -> di
     return {
         "name": worker.name,
         "role": worker.role,
-        "state": worker.state(steady_s),
+        "state": worker.state(),
         "url": registration.url,
         "epoch": registration.epoch,
         "mode": worker.mode.value,
@@ -87,6 +92,8 @@ def _worker(worker: Worker, index: Index, audits: Audits, steady_s: float) -> di
         "outstanding_uncached_tokens": worker.outstanding_uncached_tokens,
         "used_tokens": registration.load.used_tokens,
         "capacity_tokens": registration.capacity_tokens,
+        "silent_s": registration.load.silent_s,
+        "pools": None if registration.load.pools is None else msgspec.structs.asdict(registration.load.pools),
         "page_tokens": registration.page_tokens,
         "last_seen_s": steady_s - worker.seen_s,
         "requests": worker.requests,
@@ -106,10 +113,15 @@ def _request(record: Record) -> dict[str, Any]:
         "generated_tokens": record.generated_tokens,
         "ttft_s": record.ttft_s,
         "total_s": record.total_s,
+        "queued_s": record.queued_s,
         "stream": record.stream,
         "outcome": record.outcome.value,
         "reason": record.reason,
         "error": record.error,
+        "tries": [
+            {"prefill": one.prefill, "decode": one.decode, "failed": one.failed or None, "then": one.then or None}
+            for one in record.tries
+        ],
         "handoff": _handoff(record),
     }
 

@@ -2,60 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Sequence
-from enum import StrEnum
 
 import aiohttp
 
-from router.answer import failure_in
+from router.answer import Failure, failure_in
+from router.faults import Fault, LegFailed, refused
 
 log = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
 ABORT_S = 2.0
 """An abort that the worker has not taken by then is given up: it will see the closed connection."""
+PROBE_S = 1.0
 IDLE_S = 2.0
 """Connections are kept shorter than a worker keeps them (5 s), or it would close one just as it is used."""
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Bound on an answer that comes in one piece."""
 READ_BYTES = 64 * 1024
-
-
-class Fault(StrEnum):
-    """What a worker did wrong."""
-
-    UNREACHABLE = "unreachable"
-    """No connection, so it did not see the request."""
-    REFUSED = "refused"
-    """It answered with an error."""
-    BROKEN = "broken"
-    """Its answer stopped, was empty or makes no sense."""
-    TIMEOUT = "timeout"
-    LOST = "lost"
-    """Its lease ran out, or it was started anew, meanwhile."""
-
-
-class LegFailed(Exception):
-    """A worker did not do its part.
-
-    status   what the client is told: 400 to 499 where the request is to blame, else 502, 503 or 504
-    message  for the client; may quote the request where the engine does
-    """
-
-    def __init__(self, worker: str, fault: Fault, message: str, status: int = 502) -> None:
-        super().__init__(f"{worker}: {fault}")
-        self.worker = worker
-        self.fault = fault
-        self.message = message
-        self.status = status
-        self.told = False
-        """Whether the client has read of it in the worker's own stream."""
-
-    @property
-    def client_to_blame(self) -> bool:
-        return self.status < 500
 
 
 class Upstream:
@@ -69,14 +36,21 @@ class Upstream:
             headers={"accept-encoding": "identity", "content-type": "application/json"},
             read_bufsize=READ_BYTES,
         )
+        self._aborting: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
+        """Waits for aborts that are on their way; each has its deadline."""
+        if self._aborting:
+            await asyncio.wait(self._aborting, timeout=ABORT_S)
         await self._session.close()
 
-    async def open(self, worker: str, url: str, body: bytes) -> aiohttp.ClientResponse:
-        """An answer whose status is 200, its body unread. Raises LegFailed."""
+    async def open(self, worker: str, url: str, body: bytes, trace: str = "") -> aiohttp.ClientResponse:
+        """An answer whose status is 200, its body unread. Raises LegFailed.
+
+        trace  a `traceparent`
+        """
         try:
-            response = await self._session.post(url, data=body)
+            response = await self._session.post(url, data=body, headers={"traceparent": trace} if trace else None)
         except aiohttp.ClientConnectorError as error:
             raise LegFailed(worker, Fault.UNREACHABLE, f"{worker} cannot be reached") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -101,6 +75,22 @@ class Upstream:
             return await response.content.readany()
         except (aiohttp.ClientError, OSError) as error:
             raise LegFailed(worker, Fault.BROKEN, f"{worker} closed the connection within its answer") from error
+
+    def abort_soon(self, worker: str, base_url: str, rids: Sequence[str]) -> None:
+        """`abort`, which nobody waits for."""
+        task = asyncio.create_task(self.abort(worker, base_url, rids))
+        self._aborting.add(task)
+        task.add_done_callback(self._aborting.discard)
+
+    async def probe(self, base_url: str) -> bool:
+        """Whether the worker's HTTP side answers. Never raises; takes at most PROBE_S."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=PROBE_S)
+            async with self._session.get(f"{base_url}/health", timeout=timeout) as response:
+                await response.read()
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
 
     async def abort(self, worker: str, base_url: str, rids: Sequence[str]) -> None:
         """Tells the worker to drop these requests, one after the other, until one is not taken.
@@ -129,11 +119,4 @@ class Upstream:
         except ValueError:
             failure = None
         message = failure.message if failure is not None else f"HTTP {response.status}"
-        return refused(worker, response.status, message)
-
-
-def refused(worker: str, status: int, message: str) -> LegFailed:
-    """A worker's error as the client gets it: its own mistakes as they are, ours as a bad gateway."""
-    if 400 <= status < 500 and status not in (401, 403, 404):
-        return LegFailed(worker, Fault.REFUSED, message, status)
-    return LegFailed(worker, Fault.REFUSED, f"{worker}: {message}", 503 if status == 503 else 502)
+        return refused(worker, Failure(response.status, message))

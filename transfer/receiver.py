@@ -204,6 +204,11 @@ class Receiver:
         incoming = self._rooms.get(room)
         return incoming.reason if incoming is not None else ""
 
+    @property
+    def rooms(self) -> int:
+        """Rooms that are not over, or that the scheduler has not let go of."""
+        return len(self._rooms)
+
     # State, always under the lock.
 
     def _step(self, room: int, incoming: _Incoming, event: Event) -> None:

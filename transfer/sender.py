@@ -208,6 +208,12 @@ class Sender:
         outgoing = self._rooms.get(room)
         return outgoing.sent_bytes if outgoing is not None else 0
 
+    @property
+    def rooms(self) -> int:
+        """Rooms that are not over, or that the scheduler has not let go of; not those that are only remembered."""
+        with self._lock:
+            return sum(outgoing.ended_s is None or not outgoing.released for outgoing in self._rooms.values())
+
     # State, always under the lock.
 
     def _room(self, room: int) -> _Outgoing:

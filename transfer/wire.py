@@ -165,6 +165,19 @@ class HandoffTotals(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
+class Pools(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine has to give, and has not given away: on an idle one whose cache was flushed, as at its start."""
+
+    free_tokens: int
+    """KV slots that neither a request nor the cache has."""
+    free_requests: int
+    """Slots of running requests."""
+    free_rows: int = 0
+    """Auxiliary rows of hand-offs."""
+    rooms: int = 0
+    """Hand-offs that are spoken of and not over."""
+
+
 class Load(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's own account of its load, read from its load endpoint."""
 
@@ -173,6 +186,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     waiting_uncached_tokens: int = 0
     used_tokens: int = 0
     """KV slots in use by running requests and by the cache."""
+    silent_s: float = 0.0
+    """Since its scheduler last gave a sign of life. It does so between any two steps, and at least once a second."""
+    pools: Pools | None = None
+    """None where the engine has not said."""
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +238,19 @@ class Registered(msgspec.Struct, frozen=True, kw_only=True):
     version: int = VERSION
     router: str
     """An id of this life of the router; a new one has to be told nothing else, it asks for a snapshot."""
+    drain: bool | None = None
+    """Whether the worker shall drain; None: nobody asked."""
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Somebody who has the cluster's key asks a router about one of its workers. A registration is none of these."""
+
+    version: int = VERSION
+    worker: str
+    drain: bool = True
+    """False: it shall take requests again."""
+    move: bool = False
+    """Requests that it still has shall go on elsewhere now, where they can."""
 
 
 _batch_encoder = msgspec.msgpack.Encoder()

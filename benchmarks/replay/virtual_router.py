@@ -52,7 +52,7 @@ class VirtualRouter:
 
         held  pages that the workers hold, where somebody knows better than the index
         """
-        prefills, decodes = self.fleet.candidates(now_s)
+        prefills, decodes = self.fleet.candidates()
         return self.placement.choose(
             prefills,
             decodes,

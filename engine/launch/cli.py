@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from engine.config import ClusterConfig
     from engine.launch.program import ProgramName
+    from engine.launch.rolling import Routers
     from engine.launch.state import StateFolder
 
 _ABOUT = """Serve a language model from a cluster of SGLang workers; each prompt goes to where its prefix is cached.
@@ -30,6 +31,7 @@ _ABOUT = """Serve a language model from a cluster of SGLang workers; each prompt
   mainstem plan configs/local-cpu.yaml   what would be started
   mainstem up configs/local-cpu.yaml     start it, watch it; Ctrl-C stops it
   mainstem status                        from another terminal: how it is
+  mainstem restart --rolling             from another terminal: every worker anew, no client notices
   mainstem down                          from another terminal: stop it
 """
 
@@ -65,6 +67,10 @@ StateOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+WithinOption = Annotated[
+    float, typer.Option("--within", min=0, help="Seconds until requests that still run go on elsewhere.")
+]
+TimeoutOption = Annotated[float, typer.Option("--timeout", min=0, help="Seconds after that for requests that cannot.")]
 SpecOption = Annotated[Path, typer.Option("--spec", help="What to be, as the launcher wrote it.")]
 ParentOption = Annotated[int | None, typer.Option("--parent", hidden=True)]
 ProgramOption = Annotated[str, typer.Option("--program", hidden=True)]
@@ -175,6 +181,50 @@ def down(which: Which = None, state_dir: StateOption = _STATE_DIR) -> None:
 
     folder = _find(which, state_dir)
     print(stop_cluster(folder) if folder else "nothing is running")
+
+
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="A worker's name, for example decode-0.", metavar="WORKER")],
+    which: Which = None,
+    state_dir: StateOption = _STATE_DIR,
+    within: WithinOption = 20.0,
+    timeout: TimeoutOption = 600.0,
+    undo: Annotated[bool, typer.Option("--undo", help="Let it take requests again.")] = False,
+) -> None:
+    """Take a worker out of service: no new requests, short ones end, long ones go on elsewhere. Clients see nothing."""
+    from engine.launch.rolling import drain as drain_worker
+    from transfer.wire import Drain
+
+    routers, _, _ = _routers(which, state_dir)
+    if undo:
+        routers.ask(Drain(worker=worker, drain=False))
+        print(f"{worker}: takes requests again")
+        return
+    drain_worker(routers, worker, within_s=within, timeout_s=timeout, tell=print)
+
+
+@app.command()
+def restart(
+    worker: Annotated[
+        str | None, typer.Argument(help="A worker's name; or none, and --rolling.", metavar="WORKER")
+    ] = None,
+    which: Annotated[str | None, typer.Option("--cluster", help="A cluster's name or file.")] = None,
+    state_dir: StateOption = _STATE_DIR,
+    rolling: Annotated[bool, typer.Option("--rolling", help="All workers, one after the other.")] = False,
+    within: WithinOption = 20.0,
+    timeout: TimeoutOption = 600.0,
+) -> None:
+    """Start a worker anew, or all of them in turn, without a client noticing: each is drained first."""
+    from engine.launch.rolling import restart as restart_worker
+
+    if (worker is None) != rolling:
+        raise BadInput("wanted a worker's name or --rolling, found " + ("both" if worker else "neither"))
+    routers, folder, ready_s = _routers(which, state_dir)
+    for name in routers.workers() if worker is None else [worker]:
+        restart_worker(
+            routers, folder, name, within_s=within, timeout_s=timeout, ready_s=ready_s, tell=lambda text: print(text)
+        )
 
 
 @app.command()
@@ -305,6 +355,21 @@ def _find(which: str | None, state_dir: Path) -> StateFolder | None:
     if len(running) > 1:
         raise BadInput(f"wanted the name of one of these clusters: {', '.join(path.name for path in running)}")
     return StateFolder(running[0]) if running else None
+
+
+def _routers(which: str | None, state_dir: Path) -> tuple[Routers, Path, float]:
+    """How to reach a running cluster's routers; its folder; how long a worker of it may take to be ready."""
+    from engine.launch.plan import ROUTER
+    from engine.launch.rolling import Routers
+    from transfer.auth import ClusterKey
+
+    folder = _find(which, state_dir)
+    record = folder.read() if folder else None
+    if folder is None or record is None or not record.launcher.alive():
+        raise LaunchFailed("nothing is running")
+    key_file = Path(record.api_key_file) if record.api_key_file else None
+    urls = record.urls or {ROUTER: record.url}
+    return Routers(urls, ClusterKey.read(folder.path / "key"), key_file), folder.path, record.ready_timeout_s
 
 
 def _program_name(text: str) -> ProgramName:

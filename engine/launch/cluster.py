@@ -32,7 +32,8 @@ from typing import Literal, Self
 from engine.config import ClusterConfig
 from engine.launch import supervision
 from engine.launch.births import Began, Birth, Ended, Imported, Report, Starter
-from engine.launch.errors import LaunchFailed
+from engine.launch.control import Control
+from engine.launch.errors import BadInput, LaunchFailed
 from engine.launch.fork import ForkStarter
 from engine.launch.lifeline import Identity, describe_exit, kill_group
 from engine.launch.logs import last_lines, telling_line
@@ -113,6 +114,7 @@ class Cluster:
     ) -> None:
         self.plan = plan
         self.url = plan.url
+        self._folder = folder
         self._changed = threading.Condition()
         self._supervisor = _Supervisor(plan, program, folder, picker, on_event, self._publish)
         self._view = self._supervisor.view()
@@ -198,13 +200,24 @@ class Cluster:
         """Returns at once."""
         self._supervisor.tell(_Stop())
 
+    def restart(self, name: str) -> None:
+        """One process of it, which ends and begins anew; returns at once. Raises BadInput for a name of nobody."""
+        names = [one.name for one in self._view.processes]
+        if name not in names:
+            raise BadInput(f"process: wanted one of {', '.join(sorted(names))}, found {name!r}")
+        self._supervisor.tell(_Restart(name))
+
     def kill(self) -> None:
         """Everything, now. Returns at once."""
         self._supervisor.tell(_Stop(kill=True))
 
     def _supervise(self) -> None:
         with self._cleanup:
-            self._supervisor.run()
+            control = Control(self._folder.path, self.restart)
+            try:
+                self._supervisor.run()
+            finally:
+                control.close()
 
     def _publish(self, view: View) -> None:
         with self._changed:
@@ -230,6 +243,14 @@ def _unready(view: View) -> str:
 @dataclass(frozen=True)
 class _Stop:
     kill: bool = False
+
+
+@dataclass(frozen=True)
+class _Restart:
+    name: str
+
+
+_Message = Report | Seen | _Stop | _Restart
 
 
 @dataclass
@@ -274,7 +295,7 @@ class _Supervisor:
         self._publish = publish
         launch = plan.config.launch
         self._limits = Limits(launch.ready_timeout_s, launch.stop_timeout_s, launch.restarts, launch.restart_window_s)
-        self._inbox: queue.SimpleQueue[Report | Seen | _Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._began_s = time.monotonic()
         self._phase = Phase.STARTING
         self._problem = ""
@@ -285,7 +306,7 @@ class _Supervisor:
         self._starters = self._make_starters()
         self._last_view = self.view()
 
-    def tell(self, message: Report | Seen | _Stop) -> None:
+    def tell(self, message: _Message) -> None:
         """From any thread."""
         self._inbox.put(message)
 
@@ -375,7 +396,7 @@ class _Supervisor:
             timeout_s = None
             self._handle(message)
 
-    def _handle(self, message: Report | Seen | _Stop) -> None:
+    def _handle(self, message: _Message) -> None:
         match message:
             case Imported(seconds):
                 self._imported = True
@@ -388,6 +409,9 @@ class _Supervisor:
                 self._saw(message)
             case _Stop(kill):
                 self._stop(kill)
+            case _Restart(name):
+                managed = self._managed[name]
+                self._decided(managed, *supervision.restart(managed.process, time.monotonic(), self._limits))
 
     def _began(self, report: Began) -> None:
         managed = self._managed[report.name]
@@ -409,6 +433,11 @@ class _Supervisor:
         managed.pid = managed.identity = None
         managed.seen.clear()
         how = report.note or describe_exit(report.code)
+        if was.again:
+            left = f", but {_left(managed)}" if managed.unswept else ""
+            self._say(managed.name, f"stopped, to begin anew{left}")
+            self._decided(managed, *supervision.ended(was, now_s, self._limits, how, report.code))
+            return
         self._decided(managed, *supervision.ended(was, now_s, self._limits, how, report.code))
         if managed.process.state is State.STOPPED:
             self._say(managed.name, "stopped" + (f", but {_left(managed)}" if managed.unswept else ""))
@@ -554,6 +583,7 @@ class _Supervisor:
             launcher_pid=launcher.pid,
             launcher_started_ticks=launcher.started_ticks,
             stop_timeout_s=launch.stop_timeout_s,
+            ready_timeout_s=launch.ready_timeout_s,
             url=self._plan.url,
             urls=dict(zip(self._routers, self._plan.urls, strict=True)),
             model=self._plan.router.model,

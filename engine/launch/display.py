@@ -25,6 +25,7 @@ _COLOURS = {
     "failed": "red",
     "lost": "red",
     "suspect": "red",
+    "hung": "red",
     "draining": "yellow",
 }
 _REFRESH_S = 0.25

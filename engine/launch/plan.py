@@ -123,6 +123,8 @@ def make_plan(config: ClusterConfig, model: ServedModel, folders: Folders, picke
                 name=name,
                 role=group.role,
                 host=group.host,
+                advertise_host=group.advertise_host,
+                advertise_base=group.advertise_base + 4 * number if group.advertise_base is not None else 0,
                 engine_args=arguments(flags),
                 environment={**_OURS, **config.environment, **group.environment},
                 run_dir=str(folders.run_dir(name)),

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from router.api_keys import ApiKeys
+
 DEADLINE_S = 2.0
 EAGER_S = 0.2
 """Between two looks while somebody waits for a process."""
@@ -51,7 +53,7 @@ def look(url: str, api_key_file: Path | None = None) -> Seen:
     """Never raises for what the router does or fails to do."""
     at_s = time.monotonic()
     try:
-        headers = {"authorization": f"Bearer {api_key_file.read_text().strip()}"} if api_key_file else {}
+        headers = {"authorization": f"Bearer {ApiKeys.read(api_key_file).first}"} if api_key_file else {}
         status, _ = _get(url, "/health", headers)
         if status != 200:
             return Seen(at_s, False, {}, {}, f"/health answered {status}")

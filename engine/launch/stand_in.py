@@ -40,8 +40,10 @@ def import_engine() -> None:
 
 
 def run_router(spec: RouterSpec) -> None:
-    """Serves GET /health and /api/state and POST /internal/register until SIGTERM."""
+    """Serves GET /health and /api/state, POST /internal/register and /internal/drain until SIGTERM."""
     workers: dict[str, dict[str, Any]] = {}
+    draining: dict[str, int] = {}
+    """Epochs of the workers that shall drain: the real ones say so themselves."""
 
     class Handler(_Quiet):
         def do_GET(self) -> None:
@@ -49,8 +51,17 @@ def run_router(spec: RouterSpec) -> None:
             self.answer(200 if self.path in known else 404, known.get(self.path, {}))
 
         def do_POST(self) -> None:
-            worker = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            workers[worker["name"]] = worker
+            said = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if self.path == "/internal/drain":
+                known = workers.get(said["worker"])
+                if known is not None:
+                    draining[said["worker"]] = known["epoch"] if said["drain"] else 0
+                    known["state"] = "draining" if said["drain"] else "ready"
+                message = "worker: wanted one of this cluster's"
+                self.answer(404 if known is None else 200, {} if known else {"error": {"message": message}})
+                return
+            drains = draining.get(said["name"]) == said["epoch"]
+            workers[said["name"]] = {**said, **({"state": "draining"} if drains else {})}
             self.answer(200, {})
 
     _serve_until_terminated(ThreadingHTTPServer((spec.section.host, spec.section.port), Handler))
@@ -95,7 +106,16 @@ def _serve_until_terminated(server: ThreadingHTTPServer) -> None:
 
 
 def _register_for_ever(spec: WorkerSpec, epoch: int) -> None:
-    body = json.dumps({"name": spec.name, "state": "ready", "mode": "exact", "epoch": epoch})
+    body = json.dumps(
+        {
+            "name": spec.name,
+            "role": spec.role,
+            "state": "ready",
+            "mode": "exact",
+            "epoch": epoch,
+            "inflight_requests": 0,
+        }
+    )
     while True:
         for router in spec.routers:
             _post(router, body)

@@ -60,6 +60,7 @@ class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
     launcher_pid: int
     launcher_started_ticks: int
     stop_timeout_s: float
+    ready_timeout_s: float = 600.0
     url: str
     """The first router's."""
     urls: dict[str, str] = {}

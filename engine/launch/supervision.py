@@ -6,6 +6,7 @@
        │  └──────────────────────────────────────> backoff
        └───────────────────────────────────────────────┘ the wait is over
     ended too often, or hopeless: failed        stop wanted: stopping ─ended─> stopped
+                                                restart wanted: stopping ─ended─> starting
 
 Every state that waits has a deadline, so a supervisor that calls `tick` when the
 deadline has come never waits for ever. Times are seconds of one monotonic clock.
@@ -77,6 +78,8 @@ class Process:
     """Why its last life ended, in words; empty before that."""
     killed: bool = False
     """Whether its end is certain and only has to be reported."""
+    again: bool = False
+    """Whether it is stopped to be started anew: then its end is no failure."""
 
 
 Decision = tuple[Process, Action | None]
@@ -96,6 +99,8 @@ def ready(process: Process, now_s: float) -> Decision:
 
 def ended(process: Process, now_s: float, limits: Limits, reason: str, code: int | None = None) -> Decision:
     """It is no more. `code` is its exit code where that is known."""
+    if process.state is State.STOPPING and process.again:
+        return replace(begin(now_s, limits)[0], restarts_at_s=process.restarts_at_s, was_ready=True), Action.START
     if process.state is State.STOPPING:
         return _enter(process, State.STOPPED, now_s), None
     if process.state not in ALIVE:
@@ -112,8 +117,18 @@ def ended(process: Process, now_s: float, limits: Limits, reason: str, code: int
     return waiting, None
 
 
+def restart(process: Process, now_s: float, limits: Limits) -> Decision:
+    """It shall end and begin anew, where it is ready; one that is not is on its way already, or given up."""
+    if process.state is not State.READY:
+        return process, None
+    stopping, action = stop(process, now_s, limits)
+    return replace(stopping, again=True), action
+
+
 def stop(process: Process, now_s: float, limits: Limits) -> Decision:
     """It is wanted no more."""
+    if process.again:
+        return replace(process, again=False), None
     if process.state in OVER or process.state is State.STOPPING:
         return process, None
     if process.state is State.BACKOFF:
@@ -128,7 +143,7 @@ def kill(process: Process, now_s: float, limits: Limits) -> Decision:
         return process, None
     if process.state is State.BACKOFF:
         return _enter(process, State.STOPPED, now_s), None
-    return _kill(replace(process, state=State.STOPPING), now_s, limits)
+    return _kill(replace(process, state=State.STOPPING, again=False), now_s, limits)
 
 
 def tick(process: Process, now_s: float, limits: Limits) -> Decision:

@@ -126,6 +126,7 @@ def until(fact: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.thorough
 def test_ctrl_c_in_a_terminal_stops_everything_and_the_table_was_there(up: Callable[..., Up]) -> None:
     one = up(terminal=True)
     record = one.record_when("ready")
@@ -140,6 +141,7 @@ def test_ctrl_c_in_a_terminal_stops_everything_and_the_table_was_there(up: Calla
         assert text in shown
 
 
+@pytest.mark.thorough
 def test_sigterm_stops_everything_and_each_change_was_one_plain_line(up: Callable[..., Up]) -> None:
     one = up()
     record = one.record_when("ready")
@@ -156,6 +158,7 @@ def test_sigterm_stops_everything_and_each_change_was_one_plain_line(up: Callabl
     assert "\x1b" not in "".join(lines)
 
 
+@pytest.mark.thorough
 def test_when_the_launcher_is_killed_its_processes_die_with_it_and_the_next_start_or_down_clears_up(
     up: Callable[..., Up], file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +188,7 @@ def test_when_the_launcher_is_killed_its_processes_die_with_it_and_the_next_star
     assert not Path(second.run_dir).exists()
 
 
+@pytest.mark.thorough
 def test_status_and_down_from_another_terminal(
     up: Callable[..., Up], file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -185,6 +185,7 @@ def test_a_killed_router_is_started_again_at_the_same_address(running: Running) 
 
 
 @pytest.mark.parametrize("running", ["fork"], indirect=True)
+@pytest.mark.thorough
 def test_when_the_zygote_dies_its_workers_are_started_again_from_another(running: Running) -> None:
     before = running.cluster.workers
     zygote = parent_of(before["prefill-0"])
@@ -195,6 +196,7 @@ def test_when_the_zygote_dies_its_workers_are_started_again_from_another(running
         assert parent_of(running.cluster.workers[name]) != zygote
 
 
+@pytest.mark.thorough
 def test_several_routers_are_ready_together_and_each_is_started_again_by_itself(model: Path, state_dir: Path) -> None:
     with start(cluster_file(model, "start: fork", PAIR, routers=2), state_dir) as cluster:
         cluster.wait_ready()
@@ -265,6 +267,7 @@ def test_a_second_wish_to_stop_waits_for_nobody(model: Path, state_dir: Path) ->
     assert not group_members(pid)
 
 
+@pytest.mark.thorough
 def test_one_that_cannot_be_recovered_stops_everything_and_its_last_words_are_the_reason(
     model: Path, state_dir: Path
 ) -> None:
@@ -289,6 +292,7 @@ def test_a_worker_that_says_its_input_is_wrong_is_not_started_twice(model: Path,
         cluster.wait_ready()
 
 
+@pytest.mark.thorough
 def test_a_worker_that_is_not_ready_in_time_ends_the_start(model: Path, state_dir: Path) -> None:
     workers = "[{role: both, environment: {STAND_IN_MUTE: 1}}]"
     with (

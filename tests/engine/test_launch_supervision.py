@@ -42,6 +42,8 @@ class World:
             self.take(supervision.ended(self.process, self.now_s, LIMITS, "exited with code 1", 1))
         elif kind == "stop":
             self.take(supervision.stop(self.process, self.now_s, LIMITS))
+        elif kind == "restart":
+            self.take(supervision.restart(self.process, self.now_s, LIMITS))
         elif kind == "kill":
             self.take(supervision.kill(self.process, self.now_s, LIMITS))
 
@@ -51,7 +53,7 @@ class World:
 
 
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["ready", "ended", "stop", "kill", "nothing"]), st.floats(0, 40)), max_size=60
+    st.tuples(st.sampled_from(["ready", "ended", "stop", "kill", "restart", "nothing"]), st.floats(0, 40)), max_size=60
 )
 BEFORE_A_STOP = st.lists(st.tuples(st.sampled_from(["ready", "ended", "nothing"]), st.floats(0, 40)), max_size=60)
 
@@ -191,3 +193,35 @@ def test_one_that_was_ready_once_may_be_late_after_a_restart_and_is_tried_again(
     world.pass_time(LIMITS.ready_timeout_s)
     world.event("ended")
     assert world.process.state is State.BACKOFF
+
+
+def states(*events: str) -> list[State]:
+    """After each of these."""
+    world, found = World(), list[State]()
+    for event in events:
+        world.event(event)
+        found.append(world.process.state)
+    return found
+
+
+def test_a_restart_ends_it_and_starts_it_at_once_and_counts_for_nothing() -> None:
+    times = 2 * LIMITS.restarts
+    assert states("ready", *["restart", "ended", "ready"] * times) == [
+        State.READY,
+        *[State.STOPPING, State.STARTING, State.READY] * times,
+    ]
+
+
+def test_a_stop_during_a_restart_is_a_stop() -> None:
+    assert states("ready", "restart", "stop", "ended")[-1] is State.STOPPED
+
+
+def test_one_that_does_not_end_for_its_restart_is_killed_and_started() -> None:
+    world = World()
+    world.event("ready")
+    world.event("restart")
+    world.pass_time(LIMITS.stop_timeout_s)
+    assert world.actions[-1] is Action.KILL
+    world.event("ended")
+
+    assert world.process.state is State.STARTING

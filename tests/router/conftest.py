@@ -1,11 +1,14 @@
-"""Tiny tokenizers with real chat templates, made on the fly."""
+"""Tiny tokenizers with real chat templates, made on the fly; and a whole router with simulated workers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
 from tokenizers import (  # type: ignore[import-untyped]
     AddedToken,
@@ -16,6 +19,12 @@ from tokenizers import (  # type: ignore[import-untyped]
     processors,
     trainers,
 )
+
+from benchmarks.simulated import serving
+from router.config import RouterSection, RouterSpec
+from router.fake_worker import FakeWorker, Handoffs
+from tests.router.served import Cluster
+from transfer.auth import ClusterKey
 
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful assistant.<|im_end|>
@@ -191,3 +200,43 @@ def _write(folder: Path, template: str) -> None:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+
+
+@pytest.fixture
+def start(tokenizer_folder: TokenizerFolder, tmp_path: Path) -> Callable[..., Any]:
+    """start(names, **settings of the router section): an opened cluster with workers of these names."""
+    folder = tokenizer_folder("chatml")
+
+    @asynccontextmanager
+    async def opened(
+        *names: str, renew_s: float = 0.2, worker: dict[str, Any] | None = None, **section: Any
+    ) -> AsyncIterator[Cluster]:
+        key = ClusterKey.generate()
+        key.write(tmp_path / "key")
+        spec = RouterSpec(
+            section=RouterSection(**{"queue_timeout_s": 0.3, **section}),
+            model="tiny",
+            model_path=folder,
+            key_file=tmp_path / "key",
+            cluster="test",
+        )
+        handoffs = Handoffs()
+        async with (
+            serving(spec) as (router, url),
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
+        ):
+            cluster = Cluster(router, url, session)
+            for name in names or ("p0", "p1", "d0"):
+                role = {"p": "prefill", "d": "decode", "m": "both"}[name[0]]
+                one = FakeWorker(name, role, key, handoffs, **(worker or {}))  # type: ignore[arg-type]
+                await one.start()
+                one.renew(url, renew_s)
+                cluster.workers[name] = one
+            await cluster.until_ready()
+            try:
+                yield cluster
+            finally:
+                for one in cluster.workers.values():
+                    await one.stop()
+
+    return opened

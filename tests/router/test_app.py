@@ -6,127 +6,18 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 import openai
 import pytest
-import uvicorn
 
-from router.app import Router, create_app
-from router.client import Client, Message
-from router.config import RouterSection, RouterSpec
-from router.fake_worker import PAGE_BYTES, FakeWorker, Fault, Handoffs
+from router.fake_worker import PAGE_BYTES
 from router.fleet import FeedMode
-from router.openai import Endpoint
-from router.server import listen
+from tests.router.served import PREFIX, chat, run
 from transfer.auth import SIGNATURE_HEADER, ClusterKey
 from transfer.pages import chain_ids, namespace, root_id
-
-TokenizerFolder = Callable[[str], Path]
-PREFIX = "The quick brown fox jumps over the lazy dog. " * 20
-
-
-@dataclass
-class Cluster:
-    """One router and its workers."""
-
-    router: Router
-    url: str
-    session: aiohttp.ClientSession
-    workers: dict[str, FakeWorker] = field(default_factory=dict)
-
-    async def until_ready(self) -> None:
-        await self.until(lambda: not self.router.unready())
-
-    async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(15):
-            while not holds():
-                await asyncio.sleep(0.01)
-
-    async def post(self, body: Any, path: str = "/v1/chat/completions") -> tuple[int, Any, dict[str, str]]:
-        """Status, parsed body, headers in lower case."""
-        data = body if isinstance(body, bytes) else json.dumps(body)
-        async with self.session.post(self.url + path, data=data) as response:
-            return response.status, await response.json(), {key.lower(): val for key, val in response.headers.items()}
-
-    async def get(self, path: str) -> tuple[int, Any]:
-        async with self.session.get(self.url + path) as response:
-            return response.status, await response.json()
-
-    async def events(self, body: dict[str, Any]) -> tuple[int, list[str]]:
-        """Status, and the stream's data lines."""
-        async with self.session.post(self.url + "/v1/chat/completions", json={**body, "stream": True}) as response:
-            raw = (await response.read()).decode()
-            return response.status, [line[6:] for line in raw.split("\n") if line.startswith("data: ")]
-
-    async def last(self) -> dict[str, Any]:
-        """The newest request in the state, once it is over."""
-        await self.until(lambda: self.router.ledger.newest(1)[0].outcome != "running")
-        _, state = await self.get("/api/state")
-        newest: dict[str, Any] = state["requests"][0]
-        return newest
-
-    def received(self, name: str) -> dict[str, Any]:
-        """The body that this worker got last."""
-        return self.workers[name].received[-1].body
-
-
-@pytest.fixture
-def start(tokenizer_folder: TokenizerFolder, tmp_path: Path) -> Callable[..., Any]:
-    """start(names, **settings of the router section): an opened cluster with workers of these names."""
-    folder = tokenizer_folder("chatml")
-
-    @asynccontextmanager
-    async def opened(
-        *names: str, renew_s: float = 0.2, worker: dict[str, Any] | None = None, **section: Any
-    ) -> AsyncIterator[Cluster]:
-        key = ClusterKey.generate()
-        key.write(tmp_path / "key")
-        spec = RouterSpec(
-            section=RouterSection(**section), model="tiny", model_path=folder, key_file=tmp_path / "key", cluster="test"
-        )
-        router = Router(spec)
-        handoffs = Handoffs()
-        with listen("127.0.0.1", 0) as bound:
-            server = uvicorn.Server(
-                uvicorn.Config(create_app(router), log_config=None, access_log=False, timeout_graceful_shutdown=1)
-            )
-            serving = asyncio.create_task(server.serve(sockets=[bound]))
-            url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session:
-                cluster = Cluster(router, url, session)
-                await cluster.until(lambda: server.started)
-                for name in names or ("p0", "p1", "d0"):
-                    role = {"p": "prefill", "d": "decode", "m": "both"}[name[0]]
-                    one = FakeWorker(name, role, key, handoffs, **(worker or {}))  # type: ignore[arg-type]
-                    await one.start()
-                    one.renew(url, renew_s)
-                    cluster.workers[name] = one
-                await cluster.until_ready()
-                try:
-                    yield cluster
-                finally:
-                    for one in cluster.workers.values():
-                        await one.stop()
-                    router.closing.set()
-                    server.should_exit = True
-                    await asyncio.wait_for(serving, 10)
-
-    return opened
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 30))
-
-
-def chat(text: str, **fields: Any) -> dict[str, Any]:
-    return {"model": "tiny", "messages": [{"role": "system", "content": text}], **fields}
 
 
 def test_a_chat_goes_through_both_workers(start: Any) -> None:
@@ -150,8 +41,8 @@ def test_a_chat_goes_through_both_workers(start: Any) -> None:
             assert decode["bootstrap_host"] == f"{worker.epoch}@127.0.0.1"
             assert decode["bootstrap_port"] == worker.registration().handoff_port
             assert 0 < decode["bootstrap_room"] < 2**63
-            assert re.fullmatch("[0-9a-f]{32}", decode["rid"])
-            assert headers["x-request-id"] == decode["rid"]
+            assert re.fullmatch("[0-9a-f]{34}", decode["rid"])
+            assert decode["rid"] == headers["x-request-id"] + "00"
 
     run(scenario())
 
@@ -275,7 +166,8 @@ def test_a_stream_passes_byte_for_byte(start: Any) -> None:
 
             assert status == 200
             texts = [json.loads(event)["choices"] for event in events[:-1]]
-            assert [choice[0]["delta"] for choice in texts if choice] == [{"content": "t0 "}, {"content": "t1 "}, {}]
+            deltas = [choice[0]["delta"] for choice in texts if choice]
+            assert deltas == [{"role": "assistant", "content": ""}, {"content": "t0 "}, {"content": "t1 "}, {}]
             assert json.loads(events[-2])["usage"]["completion_tokens"] == 2
             assert events[-1] == "[DONE]"
             assert cluster.received("p0")["stream"] is False
@@ -353,283 +245,6 @@ def test_the_openai_client_works_unmodified(start: Any) -> None:
             with pytest.raises(openai.BadRequestError, match="max_tokens: wanted at least 1, found -1"):
                 await client.chat.completions.create(model="tiny", messages=messages, max_tokens=-1)
             await client.close()
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("leg", ["p0", "d0"])
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("fault", "status"), [(Fault.ERROR, 502), (Fault.DROP, 502), (Fault.BAD_REQUEST, 400)], ids=str
-)
-def test_a_failing_leg_ends_the_request_with_an_error_and_aborts_the_other(
-    start: Any, leg: str, fault: Fault, status: int, stream: bool
-) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0") as cluster:
-            other = {"p0": "d0", "d0": "p0"}[leg]
-            cluster.workers[leg].fault = fault
-            if leg == "d0":
-                cluster.workers["p0"].fault = Fault.HANG
-
-            found, answer, headers = await cluster.post(chat("hi", stream=stream))
-
-            assert found == status
-            assert set(answer["error"]) == {"message", "type", "param", "code"}
-            rid = headers["x-request-id"]
-            await cluster.until(lambda: rid in cluster.workers[other].aborted)
-            last = await cluster.last()
-            assert last["outcome"] == "error"
-            assert leg in last["error"]
-            _, state = await cluster.get("/api/state")
-            assert all(worker["inflight_requests"] == 0 for worker in state["workers"])
-            assert all(worker["outstanding_uncached_tokens"] == 0 for worker in state["workers"])
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_empty_answer_is_no_success(start: Any, stream: bool) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0") as cluster:
-            cluster.workers["d0"].fault = Fault.EMPTY
-
-            status, answer, _ = await cluster.post(chat("hi", stream=stream))
-
-            assert status == 502
-            assert answer["error"]["message"] == "d0 ended its answer without a token"
-
-    run(scenario())
-
-
-def test_an_error_as_the_first_event_is_an_http_error(start: Any) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0") as cluster:
-            cluster.workers["d0"].fault = Fault.ERROR_EVENT_FIRST
-
-            status, answer, _ = await cluster.post(chat("hi", stream=True))
-
-            assert status == 502
-            assert "prefill failed" in answer["error"]["message"]
-
-    run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (Fault.ERROR_EVENT, "simulated: out of memory"),
-        (Fault.ABORTED, "d0: the worker aborted the request"),
-        (Fault.DIE_MIDSTREAM, "d0 closed the connection within its answer"),
-    ],
-    ids=str,
-)
-def test_a_failure_within_a_stream_is_its_last_event(start: Any, fault: Fault, message: str) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0") as cluster:
-            cluster.workers["d0"].fault = fault
-            cluster.workers["d0"].gate.clear()
-
-            async with cluster.session.post(
-                cluster.url + "/v1/chat/completions", json=chat("hi", max_tokens=9, stream=True)
-            ) as response:
-                assert response.status == 200
-                begun = await response.content.readany()
-                cluster.workers["d0"].gate.set()
-                rest = await response.read()
-
-            assert b"t0 " in begun
-            events = [line[6:] for line in (begun + rest).decode().split("\n") if line.startswith("data: ")]
-            errors = [json.loads(event)["error"] for event in events if '"error"' in event]
-            assert [error["message"] for error in errors] == [message]  # one, and only one
-            rid = cluster.received("d0")["rid"]
-            await cluster.until(lambda: rid in cluster.workers["d0"].aborted)
-            assert (await cluster.last())["outcome"] == "error"
-
-    run(scenario())
-
-
-def test_a_client_that_leaves_ends_the_request_on_both_workers(start: Any) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0") as cluster:
-            cluster.workers["d0"].fault = Fault.STALL
-            async with cluster.session.post(
-                cluster.url + "/v1/chat/completions", json=chat("hi", stream=True)
-            ) as response:
-                await response.content.readany()
-            rid = cluster.received("d0")["rid"]
-
-            await cluster.until(lambda: all(rid in worker.aborted for worker in cluster.workers.values()))
-            assert (await cluster.last())["outcome"] == "cancelled"
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_silent_pair_is_given_up_after_the_first_byte_timeout(start: Any, stream: bool) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0", first_byte_timeout_s=0.3) as cluster:
-            cluster.workers["p0"].fault = Fault.HANG
-
-            status, answer, headers = await cluster.post(chat("hi", stream=stream))
-
-            assert status == 504
-            assert answer["error"]["message"] == "d0 sent nothing within 0.3 s"
-            rid = headers["x-request-id"]
-            await cluster.until(lambda: all(rid in worker.aborted for worker in cluster.workers.values()))
-
-    run(scenario())
-
-
-def test_a_stream_that_stalls_is_ended_by_the_request_timeout(start: Any) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0", request_timeout_s=0.5) as cluster:
-            cluster.workers["d0"].fault = Fault.STALL
-
-            status, events = await cluster.events(chat("hi"))
-
-            assert status == 200
-            assert json.loads(events[-1])["error"]["message"] == "not done within 0.5 s"
-
-    run(scenario())
-
-
-def test_a_worker_that_stops_renewing_takes_its_requests_along(start: Any) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0", worker={"lease_s": 0.6}) as cluster:
-            cluster.workers["p0"].fault = Fault.HANG
-            asking = asyncio.create_task(cluster.post(chat("hi")))
-            await cluster.until(lambda: bool(cluster.workers["p0"].received))
-            cluster.workers["p0"]._tasks[-1].cancel()  # it hangs, and so does its agent
-
-            status, answer, _ = await asking
-
-            assert status == 502
-            assert answer["error"]["message"] == "p0 was lost"
-            rid = cluster.received("d0")["rid"]
-            await cluster.until(lambda: rid in cluster.workers["d0"].aborted)
-            assert (await cluster.get("/ready"))[0] == 503
-
-    run(scenario())
-
-
-def test_a_stream_outlives_its_prefill_worker_but_not_its_decode_worker(start: Any) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0", worker={"lease_s": 0.6}) as cluster:
-            cluster.workers["d0"].gate.clear()
-            asking = asyncio.create_task(cluster.events(chat("hi")))
-            await cluster.until(lambda: any(record.ttft_s is not None for record in cluster.router.ledger.newest(1)))
-
-            cluster.workers["p0"]._tasks[-1].cancel()
-            await cluster.until(lambda: cluster.router.fleet["p0"].lost)
-            assert not asking.done()
-            cluster.workers["d0"]._tasks[-1].cancel()
-
-            status, events = await asking
-            assert status == 200
-            assert json.loads(events[-1])["error"]["message"] == "d0 was lost"
-
-    run(scenario())
-
-
-def test_a_client_that_does_not_read_holds_neither_load_nor_a_task(start: Any) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0", request_timeout_s=0.5) as cluster:
-            cluster.workers["d0"].fault = Fault.STALL
-            request: list[Message] = [{"type": "http.request", "body": json.dumps(chat("hi", stream=True)).encode()}]
-            never = asyncio.Event()
-            sent = 0
-
-            async def receive() -> Message:
-                if not request:
-                    await never.wait()
-                return request.pop()
-
-            async def send(message: Message) -> None:
-                # Status and a piece are taken, and then the connection's buffer is full.
-                nonlocal sent
-                sent += 1
-                if sent > 2:
-                    await never.wait()
-
-            dispatcher = cluster.router.dispatcher
-            serving = asyncio.create_task(dispatcher.serve(Endpoint.CHAT, Client(receive, send)))
-            await cluster.until(lambda: sent > 2)
-
-            assert (await cluster.last())["outcome"] == "error"
-            assert all(worker.inflight_requests == 0 for worker in cluster.router.fleet)
-            await asyncio.wait_for(serving, 10)
-
-    run(scenario())
-
-
-def test_every_prompt_of_a_batch_is_aborted_by_its_name(start: Any) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0", request_timeout_s=0.5) as cluster:
-            cluster.workers["p0"].fault = Fault.HANG
-
-            status, _, headers = await cluster.post({"model": "tiny", "prompt": ["a", "b"]}, "/v1/completions")
-
-            assert status == 504
-            names = [f"{headers['x-request-id']}_{number}" for number in range(2)]
-            await cluster.until(lambda: all(worker.aborted == names for worker in cluster.workers.values()))
-
-    run(scenario())
-
-
-def test_a_whole_answer_that_stalls_is_ended_by_the_request_timeout(start: Any) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0", request_timeout_s=0.5) as cluster:
-            cluster.workers["d0"].fault = Fault.STALL
-
-            status, answer, headers = await cluster.post(chat("hi"))
-
-            assert (status, answer["error"]["message"]) == (504, "not done within 0.5 s")
-            await cluster.until(lambda: headers["x-request-id"] in cluster.workers["d0"].aborted)
-
-    run(scenario())
-
-
-def test_an_unreachable_worker_is_avoided_by_the_next_request(start: Any) -> None:
-    async def scenario() -> None:
-        async with start() as cluster:
-            _, _, first = await cluster.post(chat(PREFIX))
-            dead = first["x-mainstem-prefill"]
-            await cluster.until(lambda: cluster.router.index.held(dead) > 0)
-            await cluster.workers[dead]._runner.cleanup()  # its HTTP side is gone, its agent lives
-
-            failed, answer, headers = await cluster.post(chat(PREFIX))
-            status, _, again = await cluster.post(chat(PREFIX))
-
-            assert (failed, headers["x-mainstem-prefill"]) == (502, dead)
-            assert answer["error"]["code"] in ("worker_unreachable", "worker_broken")
-            assert (status, again["x-mainstem-prefill"] != dead) == (200, True)
-            _, state = await cluster.get("/api/state")
-            assert {worker["name"]: worker["state"] for worker in state["workers"]}[dead] == "suspect"
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("fault", [Fault.ERROR, Fault.EMPTY, Fault.DROP])
-def test_a_worker_that_fails_at_once_is_not_taken_for_an_idle_one(fault: Fault, start: Any) -> None:
-    async def scenario() -> None:
-        async with start("m0", "m1") as cluster:
-            cluster.workers["m0"].fault = fault
-            statuses = [(await cluster.post(chat(f"{number} {PREFIX}")))[0] for number in range(8)]
-
-            assert statuses.count(200) >= 7
-
-    run(scenario())
-
-
-def test_a_client_to_blame_makes_no_worker_suspect(start: Any) -> None:
-    async def scenario() -> None:
-        async with start("p0", "d0") as cluster:
-            cluster.workers["d0"].fault = Fault.BAD_REQUEST
-            status, _, _ = await cluster.post(chat("hi"))
-
-            assert status == 400
-            assert all(worker.state(cluster.router.clock_s()) == "ready" for worker in cluster.router.fleet)
 
     run(scenario())
 
@@ -773,7 +388,7 @@ def test_a_starting_worker_neither_has_to_fit_nor_keeps_others_out(start: Any) -
             worker.epoch, worker.state = worker.epoch + 1, "starting"  # it crashed
 
             assert await worker.register(cluster.url) == 200
-            assert cluster.router.fleet["p0"].state(cluster.router.clock_s()) == "starting"
+            assert cluster.router.fleet["p0"].state() == "starting"
             assert await cluster.workers["d0"].register(cluster.url) == 200
             worker.state = "ready"
             assert await worker.register(cluster.url) == 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from router.fleet import FORGET_S, MAX_LEFT, RECENT_HALF_LIFE_S, SUSPECT_S, Change, Fleet
+from router.fleet import FORGET_S, MAX_LEFT, RECENT_HALF_LIFE_S, Change, Fleet
 from tests.router.registrations import registration
 from transfer.wire import Load
 
@@ -20,7 +20,7 @@ def fleet() -> Fleet:
 
 
 def names(fleet: Fleet, now_s: float) -> list[str]:
-    return [worker.name for worker in fleet.candidates(now_s)[0]]
+    return [worker.name for worker in fleet.candidates()[0]]
 
 
 def test_a_worker_whose_lease_ran_out_is_lost_once_and_comes_back_with_the_next_renewal(fleet: Fleet) -> None:
@@ -30,7 +30,7 @@ def test_a_worker_whose_lease_ran_out_is_lost_once_and_comes_back_with_the_next_
     assert fleet.expire(5.1) == ["p0"]
     assert fleet.expire(5.2) == []
     assert names(fleet, 5.2) == ["p1"]
-    assert fleet["p0"].state(5.2) == "lost"
+    assert fleet["p0"].state() == "lost"
     assert fleet.register(registration("p0"), 6) is Change.BACK
     assert names(fleet, 6) == ["p0", "p1"]
 
@@ -99,14 +99,32 @@ def test_those_that_are_ready_are_suspects_too(fleet: Fleet) -> None:
     assert [worker.name for worker in decodes] == ["d0"]
 
 
-def test_a_suspect_is_avoided_for_a_while_but_taken_where_it_is_the_only_one(fleet: Fleet) -> None:
+def test_a_suspect_is_avoided_until_it_answers_a_probe_but_taken_where_it_is_the_only_one(fleet: Fleet) -> None:
     fleet.suspect("p0", 1)
     assert names(fleet, 2) == ["p1"]
-    assert names(fleet, 1 + SUSPECT_S) == ["p0", "p1"]
+    assert fleet["p0"].state() == "suspect"
+    assert fleet.to_probe(1) == [fleet["p0"]]
+    assert fleet.may_come()
 
-    fleet.suspect("p0", 10)
-    fleet.suspect("p1", 10)
-    assert names(fleet, 11) == ["p0", "p1"]
+    fleet.suspect("p1", 1)
+    assert names(fleet, 2) == ["p0", "p1"]
+
+    fleet["p0"].health.probed(True, 2)
+    assert names(fleet, 2) == ["p0"]
+    ticket = fleet.dispatch("p0", "d0", prompt_tokens=100, uncached_tokens=60, prefill_s=0.5, now_s=0)
+    fleet["p1"].health.probed(True, 2)
+    assert names(fleet, 2) == ["p1"]  # p0 has its trial
+    fleet.finished(ticket, 3)
+    assert names(fleet, 3) == ["p0", "p1"]
+
+
+def test_a_worker_whose_engine_does_not_move_gets_nothing_until_it_does(fleet: Fleet) -> None:
+    fleet = Fleet(hung_s=10)
+    fleet.register(registration("p0"), 0)
+    for silent_s, found in ((9.0, ["p0"]), (11.0, []), (0.2, ["p0"])):
+        fleet.register(msgspec.structs.replace(registration("p0"), load=Load(silent_s=silent_s)), 1)
+        assert names(fleet, 1) == found
+    assert not fleet.may_come()
 
 
 def test_load_is_counted_at_dispatch_and_taken_off_once(fleet: Fleet) -> None:

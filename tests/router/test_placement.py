@@ -28,7 +28,7 @@ class Router:
         self.placement = Placement(RouterSection(cost=COST), self.fleet)
 
     def send(self, now_s: float, ids: tuple[int, ...] = IDS) -> Flight:
-        prefills, decodes = self.fleet.candidates(now_s)
+        prefills, decodes = self.fleet.candidates()
         tokens = 16 * len(ids)
         decision = self.placement.choose(prefills, decodes, {}, ids, tokens, 16, "", now_s)
         return self.placement.send(decision, ids, now_s)
@@ -128,7 +128,7 @@ def test_a_prefill_of_an_ended_life_teaches_nothing_of_the_next_one() -> None:
 
 def test_a_guessed_length_teaches_nothing_and_its_load_is_taken_off() -> None:
     router = Router("p0")
-    decision = router.placement.choose(*router.fleet.candidates(0), {}, (), 250_000, 16, "", 0, guessed=True)
+    decision = router.placement.choose(*router.fleet.candidates(), {}, (), 250_000, 16, "", 0, guessed=True)
     flight = router.placement.send(decision, (), 0)
     router.placement.prefilled(flight, 0.4, cached_tokens=0)
 
@@ -139,7 +139,7 @@ def test_a_guessed_length_teaches_nothing_and_its_load_is_taken_off() -> None:
 def test_pages_that_are_not_sure_weigh_half_as_load_too() -> None:
     router = Router("p0")
     router.fleet["p0"].mode = FeedMode.APPROXIMATE
-    decision = router.placement.choose(*router.fleet.candidates(0), {"p0": 60}, IDS, TOKENS + 1, 16, "", 0)
+    decision = router.placement.choose(*router.fleet.candidates(), {"p0": 60}, IDS, TOKENS + 1, 16, "", 0)
 
     assert decision.matched_tokens == TOKENS
     assert decision.uncached_tokens == 1 + TOKENS // 2

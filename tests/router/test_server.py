@@ -61,6 +61,7 @@ def listening(process: subprocess.Popen[str], port: int) -> HTTPResponse:
             time.sleep(0.05)
 
 
+@pytest.mark.thorough
 def test_sigterm_ends_it_within_five_seconds_though_a_dashboard_listens(
     tokenizer_folder: TokenizerFolder, tmp_path: Path
 ) -> None:

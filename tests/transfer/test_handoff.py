@@ -524,6 +524,7 @@ def test_every_end_is_told_once_with_what_it_came_to(pair: Pair) -> None:
     assert len(pair.ended) == 2
 
 
+@pytest.mark.thorough
 def test_a_frozen_prefill_that_goes_on_writes_into_no_page_that_was_given_away() -> None:
     """A child process holds its write, is frozen past the silence, and goes on when its pages are another's."""
     root = str(Path(__file__).parents[2])

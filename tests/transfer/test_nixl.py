@@ -206,6 +206,7 @@ def changed(description: bytes, index: int, value: object) -> bytes:
 
 
 @run
+@pytest.mark.thorough
 async def test_pages_that_were_written_are_in_place_when_the_writer_says_so() -> None:
     mine, random = filled(LAYOUT, 1), np.random.default_rng(2)
     async with peer(LAYOUT) as decode:
@@ -527,7 +528,9 @@ async def test_devices_of_the_environment_are_not_overruled_but_refused(monkeypa
 
 @run
 async def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
+    # Set first, so that what the transport leaves in the environment is undone.
+    monkeypatch.setenv("UCX_NET_DEVICES", "")
+    monkeypatch.delenv("UCX_NET_DEVICES")
     absent = NixlTransport(Pool.zeros(LAYOUT), devices=("absent0",))
 
     with pytest.raises(Unreachable, match="absent0"):

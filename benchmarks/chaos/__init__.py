@@ -1,0 +1,1 @@
+"""Faults of every kind at every point of a request's life, on real SGLang: `python -m benchmarks.chaos`."""
