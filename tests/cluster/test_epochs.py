@@ -64,7 +64,8 @@ def posted(worker: WorkerSpec, prefill: WorkerSpec, room: int, epoch: int | None
     return response.status, text, time.monotonic() - began_s
 
 
-def test_after_a_kill_queued_requests_end_soon_and_the_next_life_serves_at_once(cluster: Cluster) -> None:
+def test_after_a_kill_queued_requests_are_answered_by_the_next_life(cluster: Cluster) -> None:
+    """There is no other prefill worker: they wait for it, and are sent to it as soon as it is there."""
     model = cluster.plan.router.model
     before = prefill_state(cluster)["epoch"]
     answers: list[Answer] = []
@@ -81,14 +82,12 @@ def test_after_a_kill_queued_requests_end_soon_and_the_next_life_serves_at_once(
     os.kill(cluster.workers["prefill-0"], signal.SIGKILL)
     for thread in threads:
         thread.join(timeout=BACK_S)
-    ended_s = time.monotonic() - killed_s
 
-    assert len(answers) == 3
-    assert all(answer.error for answer in answers), answers
-    assert ended_s < 2 * SOON_S
-    while (state := prefill_state(cluster))["epoch"] == before or state["state"] != "ready":
-        assert time.monotonic() - killed_s < BACK_S, f"not back in time: {state}"
-        time.sleep(0.05)
+    assert time.monotonic() - killed_s < BACK_S
+    assert [answer.error for answer in answers] == ["", "", ""], answers
+    assert prefill_state(cluster)["epoch"] > before
+    tries = [get_json(cluster.url, f"/api/explain/{answer.headers['x-request-id']}")["tries"] for answer in answers]
+    assert any(len(one) > 1 for one in tries), tries
     after = complete(cluster.url, model, sentence(710, 30), 4)
     assert (after.error, after.prefill) == ("", "prefill-0")
 
