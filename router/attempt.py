@@ -12,6 +12,7 @@ connections.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,8 @@ from router.truth import untrue
 from router.upstream import Upstream
 
 DONE = b"data: [DONE]\n\n"
+LAST_S = 0.5
+"""How long a worker may take to end its answer after its last word."""
 BLAME_S = 0.05
 """A hand-off that failed is told by both workers. How long the other one is listened to: it may be gone altogether."""
 SPARE_TOKENS = 4
@@ -168,6 +171,8 @@ class Attempt:
                 return
             if gone in done:
                 self._happened(Event.GONE)
+                if self.phase is Phase.DONE:
+                    return
                 raise ClientGone
             if self._interrupted in done:
                 interrupted = self._interrupted.result()
@@ -254,10 +259,18 @@ class Attempt:
                     # A client that reads slowly makes this wait; where it is given up meanwhile, nothing was sent.
                     await self._delivery.write(passing, response.headers)
                     self.delivered_ids += passed
+                if stream.done:
+                    break
             passing = stream.end()
             self._check(stream.seen)
             self._token()
             await self._delivery.end(passing if stream.done else passing + DONE, response.headers)
+            # A client that has read the last word may close at once: that is no loss.
+            self._happened(Event.ANSWERED)
+            with contextlib.suppress(TimeoutError, LegFailed):
+                async with asyncio.timeout(LAST_S):
+                    # To its end, so that the connection can be used again.
+                    await self._upstream.read_all(self.plan.decode.name, response)
         finally:
             response.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -180,6 +180,24 @@ class Planner:
         avoid: Avoid,
     ) -> Plan:
         """The choice among these workers, but for pairs that are avoided. Raises policy.NoWorker."""
+        for some, others in _allowed(prefills, decodes, avoid):
+            with suppress(NoWorker):
+                plan = self._chosen(some, others, request, prompt, pages, held, now_s)
+                if (plan.prefill, plan.decode) not in avoid.pairs:
+                    return plan
+        raise NoWorker(f"no pair of workers is ready: {len(prefills)} can prefill, {len(decodes)} can decode")
+
+    def _chosen(
+        self,
+        prefills: list[Worker],
+        decodes: list[Worker],
+        request: ClientRequest,
+        prompt: Prompt,
+        pages: Sequence[int],
+        held: dict[str, int],
+        now_s: float,
+    ) -> Plan:
+        """What the policy chooses. Raises policy.NoWorker."""
         decision = self._placement.choose(
             prefills,
             decodes,
@@ -191,16 +209,7 @@ class Planner:
             now_s,
             guessed=prompt.ids is None,
         )
-        prefill, decode = self._fleet[decision.prefill], self._fleet[decision.decode]
-        if (prefill, decode) not in avoid.pairs:
-            return Plan(decision, pages, prefill, decode, request, prompt)
-        # Which of the two is to blame is not known: without both, or else without one of them.
-        near = [one for one in prefills if one is not prefill]
-        far = [one for one in decodes if one is not decode]
-        for some, others in ((near, far), (near, decodes)):
-            with suppress(NoWorker):
-                return self._choose(some, others, request, prompt, pages, held, now_s, avoid)
-        return self._choose(prefills, far, request, prompt, pages, held, now_s, avoid)
+        return Plan(decision, pages, self._fleet[decision.prefill], self._fleet[decision.decode], request, prompt)
 
     def _held(self, salt: str, prompt: Prompt, workers: Sequence[Worker]) -> tuple[list[int], dict[str, int]]:
         """The prompt's chain ids, and how many leading ones each worker holds. All workers of a cluster name alike."""
@@ -214,3 +223,19 @@ class Planner:
 
 def _fits(request: ClientRequest, prompt: Prompt, worker: Worker) -> bool:
     return prompt.tokens + (request.max_new_tokens or 1) <= worker.registration.max_context_tokens
+
+
+def _allowed(
+    prefills: list[Worker], decodes: list[Worker], avoid: Avoid
+) -> Iterator[tuple[list[Worker], list[Worker]]]:
+    """Among whom to choose, the best first: of a pair that failed, it is not known which of the two is to blame."""
+    if avoid.pairs:
+        near = [one for one in prefills if all(one is not prefill for prefill, _ in avoid.pairs)]
+        far = [one for one in decodes if all(one is not decode for _, decode in avoid.pairs)]
+        yield near, far
+        yield near, decodes
+        yield prefills, far
+        for decode in decodes:
+            yield [one for one in prefills if (one, decode) not in avoid.pairs], [decode]
+    else:
+        yield prefills, decodes
