@@ -2,7 +2,7 @@
 
     prefill leg ── 200: the pages were delivered ──┐
                                                    ├──> lifecycle.step ──> DONE, FAILED, ENDED
-    decode leg ─── tokens ──> Answer ──> client ───┘
+    decode leg ─── tokens ─> Delivery ─> client ───┘
     worker lost or moved, deadlines, client gone ──^
 
 Whatever ends it early ends both legs: an abort to both workers, at once and without waiting for them, and closed
@@ -33,11 +33,13 @@ from router.truth import untrue
 from router.upstream import Upstream
 
 DONE = b"data: [DONE]\n\n"
+"""A stream's last word, said for a worker that broke off just before it."""
 LAST_S = 0.5
 """How long a worker may take to end its answer after its last word."""
 BLAME_S = 0.05
 """A hand-off that failed is told by both workers. How long the other one is listened to: it may be gone altogether."""
 SPARE_TOKENS = 4
+"""Of its context, beside a page, that an engine keeps to itself."""
 SETTLE_S = 2.0
 """How long prefill's usage is waited for, after the client has its answer."""
 
@@ -306,7 +308,6 @@ class Attempt:
         # Of a batch, the engine tells the sums of all prompts; of what it rendered itself, nothing is known to compare.
         ids, registration = self._asked.ids, self.plan.decode.registration
         wanted = None if ids is None else self._asked.request.max_new_tokens
-        # SGLang keeps a page and a few tokens of its context to itself.
         spare = registration.page_tokens + SPARE_TOKENS
         sure = None if ids is None else max(0, registration.max_context_tokens - len(ids) - spare)
         if wrong := untrue(seen.usage, ids, seen.finish_reason, wanted, sure):

@@ -285,7 +285,7 @@ class Dispatcher:
         flight = self._placement.send(decision, plan.pages, started_s, self._planner.new_tokens(request))
         self._admission.changed()
         expected_s = decision.expected_s
-        trial = Try(plan.prefill.name, plan.decode.name, number=number, started_s=started_s)
+        trial = Try(plan.prefill.name, plan.decode.name)
         record.tries.append(trial)
         if handoff is not None:
             self._ledger.expect(record, handoff.room, len(engine_rids(request, rid)))
@@ -295,7 +295,6 @@ class Dispatcher:
             if seen.usage is not None and not run.delivery.ids:
                 record.actual_cached_tokens = seen.usage.cached_tokens
                 record.prompt_tokens = seen.usage.prompt_tokens or record.prompt_tokens
-            trial.prefilled_s = now_s
             self._placement.prefilled(flight, now_s, None if seen.usage is None else seen.usage.cached_tokens)
             if not decision.pairs.ask.guessed:
                 self._times.learn(plan.prefill.name, plan.decode.name, expected_s, now_s - started_s)

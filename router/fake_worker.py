@@ -170,9 +170,9 @@ class FakeWorker:
         self.gate.set()
 
     async def start(self) -> None:
-        self._context = zmq.asyncio.Context()
-        self._publisher = self._context.socket(zmq.PUB)
-        self._replay = self._context.socket(zmq.ROUTER)
+        context = zmq.asyncio.Context.instance()
+        self._publisher = context.socket(zmq.PUB)
+        self._replay = context.socket(zmq.ROUTER)
         for bound in (self._publisher, self._replay):
             self.key.secure_server(bound)
             bound.bind(f"tcp://{_HOST}:*")
@@ -200,7 +200,8 @@ class FakeWorker:
         for ended in self._ended.values():
             ended.set()
         await self._runner.cleanup()
-        self._context.destroy(linger=0)
+        for bound in (self._publisher, self._replay):
+            bound.close(linger=0)
 
     @property
     def handoff_port(self) -> int:

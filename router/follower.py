@@ -94,7 +94,8 @@ class Follower:
         self._audits = audits
         self._feeds: dict[str, _Feed] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._context = zmq.asyncio.Context()
+        # The process's own, never terminated: `router.gossip_link` says why.
+        self._context = zmq.asyncio.Context.instance()
 
     async def close(self) -> None:
         """Stops following everybody."""
@@ -102,7 +103,6 @@ class Follower:
             self.forget(name)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_S)
-        self._context.destroy(linger=0)
 
     def registered(self, registration: Registration) -> None:
         """Starts to follow this epoch of the worker, or takes note of how far it says it is."""

@@ -29,7 +29,7 @@ UNSENT_MESSAGES = 100
 HEARTBEAT_S = 1.0
 """A connection without a sign of life for three times as long is dropped and made anew."""
 GOODBYE_S = 0.2
-"""How long the last message may take on its way."""
+"""How long the last message has to get on its way."""
 
 
 class GossipLink:
@@ -58,9 +58,11 @@ class GossipLink:
         self._fleet = fleet
         self._clock_s = clock_s
         self._announcer = Announcer(name, life)
-        self._context = zmq.asyncio.Context()
-        self._publisher = self._context.socket(zmq.PUB)
-        self._heard = self._context.socket(zmq.SUB)
+        # The process's context, which nobody terminates: `zmq_ctx_term` may wait for ever on a CURVE handshake that was
+        # cut off (libzmq issue 2733), whatever the linger.
+        context = zmq.asyncio.Context.instance()
+        self._publisher = context.socket(zmq.PUB)
+        self._heard = context.socket(zmq.SUB)
         key.secure_server(self._publisher)
         key.secure_client(self._heard)
         self._publisher.set_hwm(UNSENT_MESSAGES)
@@ -70,7 +72,7 @@ class GossipLink:
         try:
             _bind(self._publisher, host, port)
         except (OSError, zmq.ZMQError):
-            self._context.destroy(linger=0)
+            self._close_sockets()
             raise
         self._task: asyncio.Task[None] | None = None
 
@@ -95,7 +97,12 @@ class GossipLink:
             self._task.cancel()
             await asyncio.wait({self._task})
             await self._publisher.send(encode(self._announcer.say({}, self._clock_s())))
-        self._context.destroy(linger=int(1000 * GOODBYE_S))
+            await asyncio.sleep(GOODBYE_S)
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        self._publisher.close(linger=0)
+        self._heard.close(linger=0)
 
     async def _gossip(self) -> None:
         try:

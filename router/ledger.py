@@ -30,14 +30,10 @@ class Outcome(StrEnum):
 
 @dataclass(slots=True)
 class Try:
-    """One pair's attempt at a request. Times are of the steady clock."""
+    """One pair's attempt at a request."""
 
     prefill: str
     decode: str
-    number: int
-    started_s: float
-    prefilled_s: float | None = None
-    """When its pages were delivered."""
     failed: str = ""
     """What went wrong, without any words of the engine; "" where nothing did."""
     unreached: bool = False

@@ -143,7 +143,12 @@ class Planner:
         if only_with_room and prefills and decodes:
             prefills = self._without_backlog(prefills, now_s)
             decodes = self._with_room(decodes, request, prompt, held)
-        return self._choose(prefills, decodes, request, prompt, pages, held, now_s, avoid)
+        for some, others in _allowed(prefills, decodes, avoid):
+            with suppress(NoWorker):
+                plan = self._chosen(some, others, request, prompt, pages, held, now_s)
+                if (plan.prefill, plan.decode) not in avoid.pairs:
+                    return plan
+        raise NoWorker(f"no pair of workers is ready: {len(prefills)} can prefill, {len(decodes)} can decode")
 
     def _without_backlog(self, prefills: list[Worker], now_s: float) -> list[Worker]:
         """Those that will come to one more prompt soon. Raises NoRoom."""
@@ -167,25 +172,6 @@ class Planner:
         if not roomy:
             raise NoRoom(f"no decode worker has room for {prompt.tokens} tokens")
         return roomy
-
-    def _choose(
-        self,
-        prefills: list[Worker],
-        decodes: list[Worker],
-        request: ClientRequest,
-        prompt: Prompt,
-        pages: Sequence[int],
-        held: dict[str, int],
-        now_s: float,
-        avoid: Avoid,
-    ) -> Plan:
-        """The choice among these workers, but for pairs that are avoided. Raises policy.NoWorker."""
-        for some, others in _allowed(prefills, decodes, avoid):
-            with suppress(NoWorker):
-                plan = self._chosen(some, others, request, prompt, pages, held, now_s)
-                if (plan.prefill, plan.decode) not in avoid.pairs:
-                    return plan
-        raise NoWorker(f"no pair of workers is ready: {len(prefills)} can prefill, {len(decodes)} can decode")
 
     def _chosen(
         self,

@@ -11,7 +11,7 @@ import pytest
 from router.client import Client, Message
 from router.fake_worker import FIRST_TOKEN, Fault, FaultsLeft
 from router.openai import Endpoint
-from tests.router.served import PREFIX, chat, run
+from tests.router.served import PREFIX, Cluster, chat, run
 
 
 @pytest.mark.parametrize("leg", ["p0", "d0"])
@@ -511,13 +511,19 @@ def test_a_worker_that_failed_is_in_use_again_within_two_seconds_of_being_well(s
     run(scenario())
 
 
+async def asked_without_decode(cluster: Cluster) -> asyncio.Task[Any]:
+    """A request that came a moment ago, when the only decode worker was draining."""
+    cluster.workers["d0"].state = "draining"
+    await cluster.until(lambda: cluster.router.fleet["d0"].state() == "draining")
+    asking = asyncio.create_task(cluster.post(chat("hi")))
+    await asyncio.sleep(0.3)
+    return asking
+
+
 def test_a_request_waits_for_a_worker_that_is_about_to_come(start: Any) -> None:
     async def scenario() -> None:
         async with start(*BOTH[:3], queue_timeout_s=10) as cluster:
-            cluster.workers["d0"].state = "draining"
-            await cluster.until(lambda: cluster.router.fleet["d0"].state() == "draining")
-            asking = asyncio.create_task(cluster.post(chat("hi")))
-            await asyncio.sleep(0.3)
+            asking = await asked_without_decode(cluster)
             assert not asking.done()
 
             cluster.workers["d0"].state = "ready"
@@ -530,10 +536,7 @@ def test_a_request_waits_for_a_worker_that_is_about_to_come(start: Any) -> None:
 def test_a_client_that_leaves_while_it_waits_for_a_worker_is_let_go(start: Any) -> None:
     async def scenario() -> None:
         async with start(*BOTH[:3], queue_timeout_s=10) as cluster:
-            cluster.workers["d0"].state = "draining"
-            await cluster.until(lambda: cluster.router.fleet["d0"].state() == "draining")
-            asking = asyncio.create_task(cluster.post(chat("hi")))
-            await asyncio.sleep(0.3)
+            asking = await asked_without_decode(cluster)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             cluster.workers["d0"].state = "ready"
