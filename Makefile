@@ -11,6 +11,9 @@ ARGS ?=
 TRACES ?=
 SHELL := /bin/bash
 
+# Where it is set, every process compiles all of SGLang and of the tests again (half a minute each).
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check fast format bench lock setup checked clean help
 
 help:  ## what there is
