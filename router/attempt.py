@@ -103,7 +103,7 @@ class Attempt:
         self._asked = asked
         self._delivery = delivery
         self._upstream = upstream
-        self._patience = patience
+        self.patience = patience
         self._on_prefilled = prefilled
         self._on_prefill_failed = prefill_failed
         self._on_token = token
@@ -152,6 +152,8 @@ class Attempt:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _happened(self, event: Event) -> None:
+        if event is Event.PREFILLED:
+            self.patience.delivered()
         self.phase = step(self.phase, event)
 
     async def _watch(
@@ -163,7 +165,7 @@ class Attempt:
             waiting.add(prefill)
         while True:
             done, _ = await asyncio.wait(
-                waiting, timeout=self._patience.left_s(self.phase), return_when=asyncio.FIRST_COMPLETED
+                waiting, timeout=self.patience.left_s(self.phase), return_when=asyncio.FIRST_COMPLETED
             )
             if decode in done:
                 failed = decode.exception()
@@ -192,16 +194,16 @@ class Attempt:
                         self.phase = Phase.DONE
                         return
                     raise blamed
-            if not done and not self._patience.left_s(self.phase):
+            if not done and not self.patience.left_s(self.phase):
                 # Else the phase has changed meanwhile, and with it what is waited for.
                 self._late()
 
     def _late(self) -> None:
         """Nothing happened in the time that this phase has. Raises what that means."""
-        if self._patience.expired:
+        if self.patience.expired:
             self._happened(Event.EXPIRED)
             raise Expired
-        late = self._patience.late(self.phase, self.plan.prefill.name, self.plan.decode.name)
+        late = self.patience.late(self.phase, self.plan.prefill.name, self.plan.decode.name)
         self._happened(Event.DECODE_FAILED)
         raise late
 

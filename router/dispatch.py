@@ -30,7 +30,6 @@ from router.deadlines import Patience
 from router.delivery import Delivery
 from router.faults import Fault, LegFailed
 from router.fleet import Fleet, Worker
-from router.handoff_times import HandoffTimes
 from router.ledger import Ledger, Outcome, Record, Try
 from router.lifecycle import Limits, Next, Situation, after
 from router.openai import (
@@ -51,6 +50,7 @@ from router.resume import forbids, hinders, remaining, stop_strings
 from router.retry_budget import RetryBudget
 from router.trace_context import TraceContext
 from router.upstream import Upstream
+from router.usual_times import UsualTimes
 from transfer.wire import Registration
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,13 @@ LOOK_S = 0.1
 """How often a request that waits for a worker looks for one."""
 TAIL_TOKENS = 64
 """Of a stream that was cut off, so many of the last tokens are searched for the beginning of a stop string."""
+
+TOKEN_S = 0.25
+"""What a token of an answer takes, at most, before any was seen."""
+ANSWER_MARGIN = 4.0
+"""A whole answer may take so many times as long as usual: others slow it down, and nothing is told before its end."""
+LEARN_TOKENS = 8
+"""A shorter answer is mostly waiting: how long a token takes is not learned from it."""
 
 
 @dataclass(slots=True)
@@ -120,11 +127,15 @@ class Dispatcher:
         self._runs: dict[str, _Run] = {}
         self._limits = Limits(section.retries, section.resumes)
         self._budget = RetryBudget(section.retry_fraction, section.retry_burst)
-        self._times = HandoffTimes(section.handoff_floor_s, section.first_byte_timeout_s)
+        self._handoffs = UsualTimes(section.handoff_floor_s, section.first_byte_timeout_s)
+        self._answers = UsualTimes(
+            section.stall_timeout_s, section.request_timeout_s, first=TOKEN_S, margin=ANSWER_MARGIN
+        )
 
     def worker_lost(self, worker: Worker, why: str = "was lost") -> None:
-        """Ends the attempts that still need this worker, and forgets what was learned of its hand-offs."""
-        self._times.forget(worker.name)
+        """Ends the attempts that still need this worker, and forgets how long it usually takes."""
+        self._handoffs.forget(worker.name)
+        self._answers.forget(worker.name)
         for attempt in self._attempts():
             attempt.lose(worker, why)
 
@@ -297,7 +308,7 @@ class Dispatcher:
                 record.prompt_tokens = seen.usage.prompt_tokens or record.prompt_tokens
             self._placement.prefilled(flight, now_s, None if seen.usage is None else seen.usage.cached_tokens)
             if not decision.pairs.ask.guessed:
-                self._times.learn(plan.prefill.name, plan.decode.name, expected_s, now_s - started_s)
+                self._handoffs.learn(expected_s, now_s - started_s, plan.prefill.name, plan.decode.name)
             plan.prefill.health.went_well()
             self._admission.changed()
 
@@ -351,12 +362,24 @@ class Dispatcher:
         section = self._section
         delivered_s = None
         if not plan.alone and not plan.decision.pairs.ask.guessed:
-            delivered_s = self._times.limit_s(plan.prefill.name, plan.decode.name, expected_s)
-        # All of a whole answer's bytes come at its end: prefill's answer is the sign of life, where there is one.
-        first_byte_s = section.first_byte_timeout_s if run.request.stream else None
-        if first_byte_s is None and not plan.alone:
-            delivered_s = min(delivered_s or section.first_byte_timeout_s, section.first_byte_timeout_s)
-        return Patience(self._clock_s, request_at_s=run.ends_at_s, delivered_s=delivered_s, first_byte_s=first_byte_s)
+            delivered_s = self._handoffs.limit_s(expected_s, plan.prefill.name, plan.decode.name)
+        first_byte_s: float | None = section.first_byte_timeout_s
+        whole_s = None
+        if not run.request.stream:
+            # All of a whole answer's bytes come at its end: prefill's answer is the sign of life, where there is one.
+            whole_s = self._answers.limit_s(_answer_tokens(plan), plan.decode.name)
+            if plan.alone:
+                whole_s += section.first_byte_timeout_s
+            else:
+                delivered_s = min(delivered_s or section.first_byte_timeout_s, section.first_byte_timeout_s)
+            first_byte_s = None
+        return Patience(
+            self._clock_s,
+            request_at_s=run.ends_at_s,
+            delivered_s=delivered_s,
+            first_byte_s=first_byte_s,
+            whole_s=whole_s,
+        )
 
     def _blame(self, run: _Run, plan: Plan, failed: LegFailed) -> None:
         """Who is not asked again by this request, and who is looked at before others ask."""
@@ -367,7 +390,7 @@ class Dispatcher:
             run.avoid.pairs.add((plan.prefill, plan.decode))
             if failed.status == 504:
                 # One of the two may be cut off from here: a probe of each says which.
-                self._times.ran_out(plan.prefill.name, plan.decode.name)
+                self._handoffs.ran_out(plan.prefill.name, plan.decode.name)
                 plan.prefill.health.failed(now_s)
                 plan.decode.health.failed(now_s)
             return
@@ -375,6 +398,8 @@ class Dispatcher:
         run.avoid.workers.add(worker)
         if failed.fault is not Fault.LOST:
             worker.health.failed(now_s)
+        if failed.fault is Fault.TIMEOUT and not run.request.stream:
+            self._answers.ran_out(worker.name)
 
     def _after(self, run: _Run, failed: LegFailed | Moved) -> tuple[Next, str]:
         assert run.attempt is not None
@@ -415,6 +440,8 @@ class Dispatcher:
         before = len(run.delivery.ids)
         part = seen.usage.completion_tokens if seen.usage is not None else seen.token_events
         record.generated_tokens = before + part
+        if well and part >= LEARN_TOKENS:
+            self._answers.learn(part, attempt.patience.decoding_s, attempt.plan.decode.name)
         if attempt.plan.alone and seen.usage is not None and not before:
             record.actual_cached_tokens = seen.usage.cached_tokens
         # How fast an answer came that was cut short says nothing of the worker.
@@ -439,6 +466,12 @@ class Dispatcher:
             room=self._rooms.randint(1, MAX_ROOM),
             epoch=prefill.epoch,
         )
+
+
+def _answer_tokens(plan: Plan) -> int:
+    """As many as this pair may be asked to make, of all prompts."""
+    fit = plan.decode.registration.max_context_tokens - plan.prompt.tokens
+    return (plan.request.max_new_tokens or max(1, fit)) * len(engine_rids(plan.request, ""))
 
 
 def _as_api_error(failed: LegFailed | Moved) -> ApiError:

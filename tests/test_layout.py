@@ -66,7 +66,7 @@ PURE = [
             "fit",
             "fleet",
             "gossip",
-            "handoff_times",
+            "usual_times",
             "handoffs",
             "health",
             "holder_sets",

@@ -133,6 +133,6 @@ def test_faults_of_every_kind_neither_hang_nor_lie_nor_leak(tmp_path: Path) -> N
     result = json.loads(done.stdout.decode().splitlines()[-1])
 
     assert result["injections"] >= 10
-    for name in ("hangs", "empty_200", "wrong_output", "leaked_pages", "leaked_requests"):
-        assert result[name] == 0, result
-    assert result["success_without_killed_routers"] >= 0.95, result
+    bad = ("hangs", "empty_200", "wrong_output", "leaked_pages", "leaked_requests")
+    assert not any(result[name] for name in bad), json.dumps(result, indent=1)
+    assert result["success_without_killed_routers"] >= 0.95, json.dumps(result, indent=1)

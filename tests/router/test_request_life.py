@@ -332,7 +332,7 @@ def test_before_the_first_token_another_pair_is_tried_and_the_client_sees_nothin
     if not stream and fault is Fault.ERROR_EVENT_FIRST:
         pytest.skip("an event of a stream")
     if not stream and (role, fault) == ("d", Fault.HANG):
-        pytest.skip("a whole answer shows no life until its end: that an engine hangs is known from its agent")
+        pytest.skip("known only from what others took: the test below")
 
     async def scenario() -> None:
         # Of all workers of the role the first one that is asked fails, once.
@@ -364,6 +364,27 @@ def test_before_the_first_token_another_pair_is_tried_and_the_client_sees_nothin
             _, state = await cluster.get("/api/state")
             assert all(worker["inflight_requests"] == 0 for worker in state["workers"])
             assert all(worker["outstanding_uncached_tokens"] == 0 for worker in state["workers"])
+
+    run(scenario())
+
+
+def test_a_whole_answer_that_takes_far_longer_than_others_did_is_made_elsewhere(start: Any) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0", "d1", stall_timeout_s=0.2) as cluster:
+            asked = chat("hi", max_tokens=8)
+            for _ in range(40):
+                await cluster.post(asked)
+            one = FaultsLeft(1)
+            for name in ("d0", "d1"):
+                cluster.workers[name].fault, cluster.workers[name].faults_left = Fault.HANG, one
+
+            status, answer, _ = await cluster.post(asked)
+
+            assert (status, answer["choices"][0]["message"]["content"]) == (200, f"{WHOLE}t6 t7")
+            first, second = (await cluster.last())["tries"]
+            assert first["failed"] == f"{first['decode']}: timeout"
+            assert (first["then"], second["failed"]) == ("retry", None)
+            assert first["decode"] != second["decode"]
 
     run(scenario())
 
