@@ -7,6 +7,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     KV pools on a CPU             -> in memory that a peer can map
     SIGTERM                       -> the worker ends at once, and says goodbye
     radix tree's stores, removals -> engine.page_events -> engine.outbox -> agent
+    aborted while it waits        -> its room is let go, and decode is told
     decode's own cached prefix    -> not counted as prefill that was saved, sound where the pool runs full
     one rank asks itself          -> engine.sglang_polls
     no CUDA                       -> engine.sglang_cpu
@@ -52,6 +53,7 @@ def register() -> None:
     HookRegistry.register(waiting + "resume_retracted_reqs", hooks.resumed, HookType.AFTER)
     scheduler = "sglang.srt.managers.scheduler.Scheduler."
     HookRegistry.register(scheduler + "process_input_requests", hooks.moved, HookType.AFTER)
+    HookRegistry.register(scheduler + "abort_request", hooks.aborted, HookType.AROUND)
     HookRegistry.register(events + "_record_store_event", hooks.stored, HookType.AROUND)
     HookRegistry.register(events + "_record_remove_event", hooks.removed, HookType.AROUND)
     HookRegistry.register(events + "_record_all_cleared_event", hooks.cleared, HookType.AROUND)
@@ -162,6 +164,20 @@ class WorkerHooks:
         """The scheduler's loop has come round: it neither hangs nor is it stopped."""
         if self._spec is not None:
             self._outbox.moved(lambda: _pools_of(scheduler))
+
+    def aborted(self, original: Any, scheduler: Any, abort: Any) -> None:
+        """Also of a request that waits to be computed, and whose pages decode has granted, the room is let go.
+
+        SGLang 0.5.16 takes such a request out of its queue, and never asks its sender for anything again: decode would
+        keep its pages until the hand-off's deadline, and the sender its room for ever.
+        """
+        waiting = list(scheduler.waiting_queue)
+        original(scheduler, abort)
+        if self._spec is not None and scheduler.disagg_prefill_bootstrap_queue is not None:
+            left = {id(request) for request in scheduler.waiting_queue}
+            for request in waiting:
+                if id(request) not in left:
+                    request.disagg_kv_sender.abort()
 
     def stored(self, original: Any, cache: Any, node: Any, medium: str | None = None) -> None:
         if self._page_events is None:

@@ -135,8 +135,7 @@ class Admission:
         while True:
             left_s = until_s - self._clock_s()
             if left_s <= 0 and not answer.done():
-                seconds = self._section.queue_timeout_s
-                raise self._refusal("late", 503, f"no worker had room within {seconds:g} s")
+                raise self._late(self._entries[place])
             either: set[asyncio.Future[Any]] = {answer, gone}
             await asyncio.wait(either, timeout=min(left_s, LOOK_S), return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
@@ -146,13 +145,25 @@ class Admission:
             if self._queue.first() is place:
                 self.changed()
 
+    def _late(self, entry: _Entry) -> ApiError:
+        seconds = self._section.queue_timeout_s
+        try:
+            self._planner.plan(entry.request, entry.prompt, self._clock_s(), Avoid())
+        except NoRoom:
+            pass
+        except NoWorker as error:
+            return self._refusal("no_worker", 503, f"{error}, and none came within {seconds:g} s")
+        except ApiError as error:
+            return error
+        return self._refusal("late", 503, f"no worker had room within {seconds:g} s")
+
     def _take_out(self, place: Waiting, *, served: bool) -> None:
         del self._entries[place]
         self._queue.leave(place, served=served)
 
     def _may_wait(self) -> bool:
         """Whether a request for which there is nobody may wait for somebody to come."""
-        return self._section.on_no_prefill != "fail" and self._fleet.may_come()
+        return self._section.on_no_prefill != "fail" and self._fleet.may_come(self._clock_s())
 
     def _refusal(self, why: str, status: int, message: str) -> ApiError:
         self.refused[why] = self.refused.get(why, 0) + 1

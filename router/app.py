@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 
 EXPIRE_S = 0.25
 """How often leases are looked at."""
+FIRST_WORDS_S = 3.0
+"""Of a router that has just begun: within which workers that live have said so. Meanwhile requests wait."""
 EVENT_S = 1.0
 """How often the dashboard is told."""
 MAX_REGISTRATION_BYTES = 256 * 1024
@@ -122,6 +124,7 @@ class Router:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Sockets and tasks, from here to the end."""
+        self.fleet.all_known_at_s = self.clock_s() + FIRST_WORDS_S
         gossip = self._gossip()
         upstream = Upstream()
         self.follower = Follower(self.key, self.index, self.fleet, self.clock_s, self._handed_over, self.audits)

@@ -273,7 +273,7 @@ class Dispatcher:
             try:
                 return self._planner.plan(request, prompt, self._clock_s(), avoid, only_with_room=False)
             except NoWorker as error:
-                if not self._fleet.may_come() or self._clock_s() >= until_s:
+                if not self._fleet.may_come(self._clock_s()) or self._clock_s() >= until_s:
                     raise ApiError(503, str(error), "service_unavailable", code="no_worker", retry_after_s=1) from None
             await asyncio.wait({gone}, timeout=LOOK_S)
             if gone.done():

@@ -157,6 +157,8 @@ class Fleet:
     """
 
     def __init__(self, hung_s: float = math.inf) -> None:
+        self.all_known_at_s = -math.inf
+        """Until then there may be workers that have not said a word here yet."""
         self._hung_s = hung_s
         self._workers: dict[str, Worker] = {}
         self._by_name: list[Worker] = []
@@ -239,9 +241,9 @@ class Fleet:
         prefills, decodes = self.ready()
         return _unsuspected(prefills), _unsuspected(decodes)
 
-    def may_come(self) -> bool:
-        """Whether any of the workers gets nothing now, and may be there again soon."""
-        return any(
+    def may_come(self, now_s: float) -> bool:
+        """Whether there may soon be a worker that gets nothing now: one that is not well, or not known yet."""
+        return now_s < self.all_known_at_s or any(
             worker.lost
             or worker.hung
             or worker.registration.state != "ready"

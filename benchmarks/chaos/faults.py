@@ -83,7 +83,7 @@ class Faults:
                 links = [self._relays[name].handoff for name in self._prefills(one, victim)]
                 self._for_a_while(links, lambda relay: relay.slow(SLOW_BYTES_PER_S), undo)
             case Kind.FULL_POOL:
-                flood = [_Flood(self._cluster.url, self._model, number) for number in range(FLOOD_REQUESTS)]
+                flood = [Flood(self._cluster.url, self._model, number) for number in range(FLOOD_REQUESTS)]
                 for request in flood:
                     undo.callback(request.hang_up)
                 undo.callback(time.sleep, HELD_S)
@@ -105,7 +105,7 @@ class Faults:
         undo.callback(time.sleep, HELD_S)
 
 
-class _Flood:
+class Flood:
     """A long request that nobody wants to be answered: it takes room."""
 
     def __init__(self, url: str, model: str, number: int) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from benchmarks.bench_cluster import scheduler_of
+from benchmarks.chaos.faults import Flood
+from benchmarks.chaos.leaks import flushed
 from benchmarks.chaos.traffic import Asked, Verdict
 from benchmarks.client import get_json
 from benchmarks.reference import OUTPUT_TOKENS, Reference
@@ -110,6 +112,18 @@ def test_a_hung_decode_scheduler_loses_its_stream_to_the_other_and_comes_back(
         os.kill(scheduler, signal.SIGCONT)
     assert explained(cluster, asked)["tries"][0]["failed"].startswith(f"{decode}: ")
     wait_ready(cluster)
+
+
+def test_clients_that_leave_while_their_prompts_wait_leave_nothing_behind(cluster: Cluster) -> None:
+    """Decode has granted pages for them, and prefill has not begun with them."""
+    wait_ready(cluster)
+    before = flushed(cluster, cluster.url)
+    flood = [Flood(cluster.url, cluster.plan.router.model, number) for number in range(8)]
+    time.sleep(1.5)
+    for client in flood:
+        client.hang_up()
+
+    assert flushed(cluster, cluster.url) == before
 
 
 def test_a_rolling_restart_under_load_costs_no_client_anything(cluster: Cluster, references: list[Reference]) -> None:

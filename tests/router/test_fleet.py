@@ -104,7 +104,7 @@ def test_a_suspect_is_avoided_until_it_answers_a_probe_but_taken_where_it_is_the
     assert names(fleet, 2) == ["p1"]
     assert fleet["p0"].state() == "suspect"
     assert fleet.to_probe(1) == [fleet["p0"]]
-    assert fleet.may_come()
+    assert fleet.may_come(1)
 
     fleet.suspect("p1", 1)
     assert names(fleet, 2) == ["p0", "p1"]
@@ -124,7 +124,15 @@ def test_a_worker_whose_engine_does_not_move_gets_nothing_until_it_does(fleet: F
     for silent_s, found in ((9.0, ["p0"]), (11.0, []), (0.2, ["p0"])):
         fleet.register(msgspec.structs.replace(registration("p0"), load=Load(silent_s=silent_s)), 1)
         assert names(fleet, 1) == found
-    assert not fleet.may_come()
+    assert not fleet.may_come(1)
+
+
+def test_who_has_just_begun_does_not_know_yet_who_is_there() -> None:
+    fleet = Fleet()
+    fleet.all_known_at_s = 3
+
+    assert fleet.may_come(2.9)
+    assert not fleet.may_come(3)
 
 
 def test_load_is_counted_at_dispatch_and_taken_off_once(fleet: Fleet) -> None:
