@@ -117,7 +117,7 @@ def test_after_a_full_outage_the_first_workers_that_are_back_serve_at_once(start
                 await one.stop()
             await cluster.until(lambda: all(worker.lost for worker in cluster.router.fleet))
             status, answer, headers = await cluster.post(chat("hi"))
-            assert (status, answer["error"]["code"]) == (503, "overloaded")
+            assert (status, answer["error"]["code"]) == (503, "no_worker")
             assert "retry-after" in headers
 
             await revive(cluster, "p0", "d0")
