@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
 import signal
 import socket
@@ -25,6 +26,8 @@ from engine.launch.cluster import Cluster, Event
 from engine.launch.errors import BadInput, LaunchFailed, complain
 
 LOCAL_CPU = Path(__file__).parents[1] / "configs" / "local-cpu.yaml"
+FLUSH_S = 30.0
+"""A scheduler answers between two steps."""
 
 
 def run_main(main: Callable[[], int | None]) -> int:
@@ -88,6 +91,19 @@ def scheduler_of(cluster: Cluster, worker: str) -> psutil.Process:
         if "scheduler" in (" ".join(process.cmdline()) or process.name()):
             return process
     raise LaunchFailed(f"{worker}: wanted a scheduler process, found none")
+
+
+def emptied(cluster: Cluster, worker: str) -> bool:
+    """Has SGLang empty this worker's prefix cache, which it does where it has nothing to do; False where it has."""
+    port = next(one.port for one in cluster.view.processes if one.name == worker)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=FLUSH_S)
+    try:
+        connection.request("POST", "/flush_cache")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 @contextmanager

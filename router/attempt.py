@@ -23,7 +23,7 @@ from router.answer import Seen, whole
 from router.client import ClientGone
 from router.deadlines import Patience
 from router.delivery import Delivery
-from router.faults import Fault, LegFailed, refused
+from router.faults import BETWEEN, Fault, LegFailed, refused
 from router.fleet import Worker
 from router.lifecycle import LIVE, Event, Phase, step
 from router.openai import ClientRequest, Handoff, engine_rids, leg_body
@@ -210,12 +210,12 @@ class Attempt:
     async def _blamed(self, failed: BaseException, other: asyncio.Task[None] | None) -> BaseException:
         """The failure that the whole attempt is put down to: where one leg says that the hand-off failed, perhaps the
         other one knows better, as its worker is gone."""
-        if not isinstance(failed, LegFailed) or failed.fault is not Fault.HANDOFF or other is None:
+        if not isinstance(failed, LegFailed) or failed.fault not in BETWEEN or other is None:
             return failed
         await asyncio.wait({other}, timeout=BLAME_S)
         if other.done() and not other.cancelled():
             known = other.exception()
-            if isinstance(known, LegFailed) and known.fault is not Fault.HANDOFF:
+            if isinstance(known, LegFailed) and known.fault not in BETWEEN:
                 return known
         return failed
 

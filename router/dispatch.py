@@ -28,7 +28,7 @@ from router.client import Client, ClientGone
 from router.config import RouterSection
 from router.deadlines import Patience
 from router.delivery import Delivery
-from router.faults import Fault, LegFailed
+from router.faults import BETWEEN, UNSEEN, Fault, LegFailed
 from router.fleet import Fleet, Worker
 from router.ledger import Ledger, Outcome, Record, Try
 from router.lifecycle import Limits, Next, Situation, after
@@ -346,7 +346,7 @@ class Dispatcher:
             well = True
         except LegFailed as failed:
             trial.failed = f"{failed.worker}: {failed.fault}"
-            trial.unreached = failed.fault is Fault.UNREACHABLE
+            trial.unseen = failed.fault in UNSEEN
             self._blame(run, plan, failed)
             raise
         except Moved:
@@ -386,11 +386,12 @@ class Dispatcher:
         now_s = self._clock_s()
         if failed.client_to_blame:
             return
-        if failed.fault is Fault.HANDOFF:
+        if failed.fault in BETWEEN:
             run.avoid.pairs.add((plan.prefill, plan.decode))
             if failed.status == 504:
-                # One of the two may be cut off from here: a probe of each says which.
                 self._handoffs.ran_out(plan.prefill.name, plan.decode.name)
+            if failed.status == 504 or failed.fault is Fault.APART:
+                # One of the two may be gone, or cut off from here: a probe of each says which.
                 plan.prefill.health.failed(now_s)
                 plan.decode.health.failed(now_s)
             return
@@ -408,8 +409,8 @@ class Dispatcher:
             moved=isinstance(failed, Moved),
             begun=run.delivery.begun,
             hindrance=self._hindrance(run, run.attempt),
-            # Who could not be reached has not even seen it: that is bounded by how many they are.
-            retries=sum(one.then == Next.RETRY and not one.unreached for one in run.record.tries),
+            # Of which nobody has seen anything: that is bounded by how many pairs there are.
+            retries=sum(one.then == Next.RETRY and not one.unseen for one in run.record.tries),
             resumes=sum(one.then == Next.RESUME for one in run.record.tries),
         )
         if isinstance(failed, LegFailed) and failed.fault is Fault.UNTRUE and situation.begun:

@@ -83,6 +83,8 @@ class Fault(StrEnum):
     """It ends one token before what was asked for, and says that this is all."""
     HANDOFF = "handoff"
     """HTTP 500, as an engine says that a hand-off failed."""
+    APART = "apart"
+    """HTTP 500, as a decode worker says that it has no connection to the prefill worker."""
     STALL = "stall"
     """No more of the answer after its beginning, until aborted."""
 
@@ -359,6 +361,9 @@ class FakeWorker:
                 return _flat_error(500, "simulated: out of memory")
             case Fault.HANDOFF:
                 return _flat_error(500, "Prefill transfer failed for request rank=0: HandoffFailed(simulated)")
+            case Fault.APART:
+                reason = "cannot reach the prefill worker at 127.0.0.1:1: simulated"
+                return _flat_error(500, f"Decode handshake failed for request rank=0 with exception {reason}")
             case Fault.BAD_REQUEST:
                 return _flat_error(400, "simulated: the request is wrong")
             case Fault.HANG:

@@ -9,6 +9,8 @@ from router.answer import Failure
 
 _HANDOFF = re.compile(r"\b(?:Prefill|Decode) (?:bootstrap|handshake|transfer) failed\b|HandoffFailed|KVTransferError")
 """How SGLang 0.5.16 (`disaggregation/prefill.py`, `decode.py`) and our own part of it say that a hand-off failed."""
+_APART = re.compile(r"\bcannot reach the prefill worker\b")
+"""How `transfer.receiver` says that there was no connection for it."""
 
 
 class Fault(StrEnum):
@@ -25,8 +27,16 @@ class Fault(StrEnum):
     """Its lease ran out, it was started anew, or its engine does not move."""
     HANDOFF = "handoff"
     """It could not hand over, or take over, the pages: one of the two is to blame, or what is between them."""
+    APART = "apart"
+    """Decode found no way to prefill: nothing was begun."""
     UNTRUE = "untrue"
     """Its answer's own sums do not add up."""
+
+
+BETWEEN = frozenset({Fault.HANDOFF, Fault.APART})
+"""Told by one of a pair, and perhaps the other's: nobody knows whom to blame."""
+UNSEEN = frozenset({Fault.UNREACHABLE, Fault.APART})
+"""Nobody has computed anything for the request."""
 
 
 class LegFailed(Exception):
@@ -52,7 +62,8 @@ def refused(worker: str, failure: Failure) -> LegFailed:
     """A worker's error as the client gets it: its own mistakes as they are, ours as a bad gateway."""
     status, message = failure.status, failure.message
     if _HANDOFF.search(message):
-        return LegFailed(worker, Fault.HANDOFF, f"{worker}: {message}")
+        fault = Fault.APART if _APART.search(message) else Fault.HANDOFF
+        return LegFailed(worker, fault, f"{worker}: {message}")
     if 400 <= status < 500 and status not in (401, 403, 404):
         return LegFailed(worker, Fault.REFUSED, message, status)
     return LegFailed(worker, Fault.REFUSED, f"{worker}: {message}", 503 if status == 503 else 502)

@@ -36,8 +36,8 @@ class Try:
     decode: str
     failed: str = ""
     """What went wrong, without any words of the engine; "" where nothing did."""
-    unreached: bool = False
-    """Whether there was no connection to the worker that failed."""
+    unseen: bool = False
+    """Whether nobody has computed anything for it."""
     then: str = ""
     """What followed: retry, resume, or why neither; "" after the one that went well."""
 

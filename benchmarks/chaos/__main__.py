@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.bench_cluster import changed_config, run_main, running
 from benchmarks.chaos.faults import Faults, Ports
-from benchmarks.chaos.injections import Injection, Kind, injections
+from benchmarks.chaos.injections import KILLS, Injection, Kind, injections
 from benchmarks.chaos.leaks import Pools, flushed, leaked_requests, leaked_tokens
 from benchmarks.chaos.relay import Relays, free_base
 from benchmarks.chaos.traffic import HANG_S, Asked, Pulse, Verdict
@@ -191,8 +191,12 @@ class _Chaos:
         try:
             wave = self._wave(one.stream)
             victim = self._at(one, wave[0])
+            restarts = self._restarts()
             with self._faults.injected(one, victim):
                 pass
+            if one.kind in KILLS:
+                # Who was killed looks well until somebody notices.
+                self._until(lambda: self._restarts() > restarts)
             verdicts = [(asked, asked.verdict()) for asked in wave]
             self.until_ready()
         finally:
@@ -213,8 +217,14 @@ class _Chaos:
 
     def until_ready(self) -> None:
         """Until every router uses every worker. Raises TimeoutError."""
+        self._until(lambda: all(self._all_ready(url) for url in self._cluster.plan.urls))
+
+    def _restarts(self) -> int:
+        return sum(process.restarts for process in self._cluster.view.processes)
+
+    def _until(self, holds: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + BACK_S
-        while not all(self._all_ready(url) for url in self._cluster.plan.urls):
+        while not holds():
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"wanted all ready within {BACK_S:.0f} s, found {self._cluster.view.processes}")
             time.sleep(0.2)

@@ -19,6 +19,10 @@ class Kind(StrEnum):
     """The worker's HTTP process, in which the agent lives."""
 
 
+KILLS = frozenset({Kind.KILL_SCHEDULER, Kind.KILL_ROUTER, Kind.KILL_AGENT})
+"""After which a process has to be started again."""
+
+
 @dataclass(frozen=True)
 class Point:
     """When: a part of the time that the first token usually takes, or so many tokens later."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.bench_cluster import emptied
 from benchmarks.client import get_json
 from engine.launch.cluster import Cluster
 
@@ -30,7 +30,7 @@ def flushed(cluster: Cluster, url: str) -> dict[str, Pools]:
     """Every worker's pools, once it is idle and its cache is empty. Raises TimeoutError for one that is at work."""
     deadline_s = time.monotonic() + IDLE_S
     for worker in cluster.plan.workers:
-        while not _flush(_view_port(cluster, worker.name)):
+        while not emptied(cluster, worker.name):
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"{worker.name}: wanted it to be idle within {IDLE_S:.0f} s, found it at work")
             time.sleep(0.3)
@@ -53,19 +53,3 @@ def leaked_requests(before: Pools, now: Pools) -> int:
     slots = max(0, before.free_requests - now.free_requests)
     rows = max(0, before.free_rows - now.free_rows)
     return slots + rows + max(0, now.rooms - before.rooms)
-
-
-def _view_port(cluster: Cluster, name: str) -> int:
-    return next(one.port for one in cluster.view.processes if one.name == name)
-
-
-def _flush(port: int) -> bool:
-    """Empties a worker's cache; False where it is not idle."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    try:
-        connection.request("POST", "/flush_cache")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()

@@ -368,6 +368,25 @@ def test_before_the_first_token_another_pair_is_tried_and_the_client_sees_nothin
     run(scenario())
 
 
+def test_pairs_without_a_way_between_them_are_passed_over_until_one_has_it(start: Any) -> None:
+    """Nothing was computed: that is no retry."""
+
+    async def scenario() -> None:
+        async with start(*BOTH, retries=1) as cluster:
+            three = FaultsLeft(3)
+            for name in ("d0", "d1"):
+                cluster.workers[name].fault, cluster.workers[name].faults_left = Fault.APART, three
+
+            status, answer, _ = await cluster.post(chat("hi", max_tokens=6))
+
+            assert (status, answer["choices"][0]["message"]["content"]) == (200, WHOLE.strip())
+            tries = (await cluster.last())["tries"]
+            assert [one["failed"].partition(": ")[2] for one in tries[:3]] == ["apart"] * 3
+            assert len({(one["prefill"], one["decode"]) for one in tries}) == 4
+
+    run(scenario())
+
+
 def test_a_whole_answer_that_takes_far_longer_than_others_did_is_made_elsewhere(start: Any) -> None:
     async def scenario() -> None:
         async with start("p0", "d0", "d1", stall_timeout_s=0.2) as cluster:
