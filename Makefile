@@ -42,7 +42,7 @@ format: $(READY)  ## lay the code out
 	@$(BIN)/ruff check --fix .
 
 bench: $(READY)  ## every benchmark of this machine, results as JSON (TRACES=DIR: also those that replay traces)
-	@for name in boot ttft prediction delta scheduler_tick handoff handoff_loss handoff_faults handoff_fuzz index hot_prefix; do \
+	@for name in boot ttft prediction delta scheduler_tick handoff handoff_loss handoff_faults handoff_fuzz index hot_prefix chaos chaos_scale rolling disconnect; do \
 		$(RUN) benchmarks.$$name --json $(ARGS) || exit 1; done
 	@test -z "$(TRACES)" || $(RUN) benchmarks.replay --suite "$(TRACES)" --json
 	@test -z "$(TRACES)" || for name in index_faults split_stream against_round_robin; do \
