@@ -87,7 +87,11 @@ class RobustFit:
             weights = np.sqrt(np.minimum(1.0, HUBER * spread / np.maximum(far, 1e-12)))
             weights[count:] *= PRIOR_WEIGHT
             # One step towards the least squares of the logarithms.
-            constants = _least_squares(features * (weights / expected)[:, None], (1 + error) * weights)
+            step = _least_squares(features * (weights / expected)[:, None], (1 + error) * weights)
+            if not step.any():
+                # Observations that contradict each other by orders of magnitude: zero fits them least of all.
+                break
+            constants = step
         return tuple(float(constant) for constant in constants)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from router.fit import MEAN_WINDOW, WINDOW, RobustFit, RobustMean, SureRatio
@@ -105,6 +105,7 @@ def test_a_tenth_of_nonsense_in_both_directions_is_ignored_too() -> None:
         max_size=32,
     )
 )
+@example([((100, 100), 79523.0), ((500, 4000), 26673.0), ((3000, 20000), 1.0), ((500, 4000), 395155.0)])
 def test_no_constant_is_ever_negative_or_infinite(observations: list[tuple[tuple[int, int], float]]) -> None:
     fit = RobustFit(PRIOR, POINTS)
     for prompt, seconds in observations:
