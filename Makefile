@@ -9,15 +9,16 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 ARGS ?=
 TRACES ?=
+MODEL ?=
 SHELL := /bin/bash
 
 # Where it is set, every process compiles all of SGLang and of the tests again (half a minute each).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check fast format bench lock setup checked clean help
+.PHONY: demo test test-gpu check fast format bench lock setup checked clean help
 
 help:  ## what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
 demo: $(READY)  ## the main job: model, cluster, a scripted conversation; stays up until Ctrl-C (ARGS=--once exits)
 	@$(RUN) benchmarks.demo $(ARGS)
@@ -27,6 +28,9 @@ test: $(READY)  ## everything: lint, types, fast tests, then tests on real SGLan
 	@$(BIN)/pytest -q -n 2 -m "thorough and not gpu" $(ARGS)
 	@$(BIN)/mainstem model pull smollm2
 	@$(BIN)/pytest -v --durations=10 -m "cluster and not gpu" $(ARGS)
+
+test-gpu: $(READY)  ## what needs one GPU or two (MODEL=FOLDER: a model, or its config.json and tokenizer)
+	@MAINSTEM_GPU_MODEL="$(abspath $(MODEL))" $(BIN)/pytest -v -m gpu $(if $(MODEL),,--ignore tests/gpu) $(ARGS)
 
 check: $(READY)  ## lint, types and fast tests, in under two minutes
 	@$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from engine.launch.errors import BadInput
 from engine.launch.explain import explain, show
 from engine.launch.flags import FlagValue, known_flags, mistake
 from router.config import RouterSection, is_loopback
+from transfer.memory import REACHING, Memory
 
 Seconds = Annotated[float, Field(gt=0)]
 Flags = dict[str, FlagValue]
@@ -82,8 +83,9 @@ class TransferSection(BaseModel):
 
     model_config = _STRICT
 
-    transports: Annotated[tuple[Literal["shm", "tcp", "nixl"], ...], Field(min_length=1)] = ("shm", "tcp")
-    """What a hand-off may use, the preferred one first. shm needs both workers on one host."""
+    transports: Annotated[tuple[Literal["nvlink", "shm", "tcp", "nixl"], ...], Field(min_length=1)] = ("shm", "tcp")
+    """What a hand-off may use, the preferred one first. Pages of a CPU: shm on one host, tcp, nixl; of GPUs: nvlink on
+    one host, nixl."""
     tcp_lanes: Annotated[int, Field(ge=1, le=64, strict=True)] = 2
     """Connections to each peer over which tcp moves pages."""
     nixl_devices: Annotated[tuple[Device, ...], Field(min_length=1)] = (LOOPBACK_DEVICE,)
@@ -143,7 +145,15 @@ class ClusterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        checks = (self._roles, self._page_size, self._ranks, self._start, self._port_ranges, self._nixl_devices)
+        checks = (
+            self._roles,
+            self._page_size,
+            self._ranks,
+            self._start,
+            self._port_ranges,
+            self._memory,
+            self._nixl_devices,
+        )
         for check in checks:
             if problem := check():
                 raise ValueError(problem)
@@ -208,6 +218,24 @@ class ClusterConfig(BaseModel):
                     return (
                         f"{place}.{flag}: wanted 1 with the roles prefill and decode, "
                         f"found {show(flags[flag])}: a hand-off between several ranks is not supported"
+                    )
+        return None
+
+    def _memory(self) -> str | None:
+        """Pages on a GPU are moved by other transports than those in a CPU's memory."""
+        for index, group in enumerate(self.workers):
+            device = group.engine.get("device", self.engine.get("device"))
+            if group.role == "both" or device not in ("cpu", "cuda"):
+                # SGLang finds the device itself where none is named; the worker then says the same.
+                continue
+            memory: Memory = "DRAM" if device == "cpu" else "VRAM"
+            where = f"in a {'CPU' if memory == 'DRAM' else 'GPU'}'s memory"
+            for place, name in enumerate(self.transfer.transports):
+                if name not in REACHING[memory]:
+                    wanted = " or ".join(REACHING[memory])
+                    return (
+                        f"transfer.transports[{place}]: wanted {wanted}, as workers[{index}] keeps its pages {where}, "
+                        f"found {show(name)}"
                     )
         return None
 

@@ -32,6 +32,7 @@ from transfer.auth import ClusterKey
 from transfer.deadlines import Deadlines
 from transfer.ended import Ended
 from transfer.layout import PoolLayout
+from transfer.memory import Memory
 from transfer.pool import Pool, SharedArena
 from transfer.receiver import Receiver
 from transfer.sender import Sender
@@ -82,6 +83,10 @@ SIZES = ("tp_size", "pp_size", "dp_size")
 """SGLang's settings that put several ranks into one worker. Their pools would have to be joined: not yet."""
 
 
+MEMORY: dict[str, Memory] = {"cpu": "DRAM", "cuda": "VRAM"}
+"""Where SGLang's pages lie, by its device."""
+
+
 class HandoffRefused(Exception):
     """A request that cannot be handed over at all, whatever becomes of the others."""
 
@@ -126,8 +131,8 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
                 raise ValueError(
                     f"{size}: wanted 1 with the roles prefill and decode, found {getattr(server_args, size)}"
                 )
-        if server_args.device != "cpu":
-            raise ValueError(f"device: wanted cpu, found {server_args.device}: no transport for its memory yet")
+        if server_args.device not in MEMORY:
+            raise ValueError(f"device: wanted {' or '.join(MEMORY)}, found {server_args.device}")
         if any(args.state_types):
             raise ValueError("model: wanted one whose KV cache is plain attention, found one with other state")
         self.kv_args = args
@@ -147,6 +152,7 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
             tcp_lanes=spec.tcp_lanes,
             nixl_devices=spec.nixl_devices,
             stall_s=spec.silence_s,
+            memory=MEMORY[server_args.device],
         )
         if decodes:
             self.receiver = Receiver(

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 
 from sglang.srt.entrypoints.http_server import launch_server
-from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
+from engine.sglang_load import load, run_scheduler_process
 from engine.sglang_plugin import BACKEND
 from engine.spec import WorkerSpec
 
@@ -38,8 +38,10 @@ def arguments(spec: WorkerSpec) -> list[str]:
 
 def serve(spec: WorkerSpec, ready: Callable[[], None]) -> None:
     """Runs the server until it ends. `ready` is called, on some thread, once it takes requests."""
-    load_plugins()
-    launch_server(prepare_server_args(arguments(spec)), launch_callback=ready)
+    load()
+    launch_server(
+        prepare_server_args(arguments(spec)), run_scheduler_process_func=run_scheduler_process, launch_callback=ready
+    )
 
 
 def keep_forking() -> None:

@@ -48,13 +48,13 @@ def import_engine() -> None:
     for module in HEAVY_MODULES:
         importlib.import_module(module)
     import torch
-    from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from engine import sglang_server
+    from engine.sglang_load import load
 
     HookRegistry.register("sglang.srt.utils.hf_transformers.tokenizer.get_tokenizer", Remembered(), HookType.AROUND)
-    load_plugins()
+    load()
     if model is not None:
         _read_tokenizer(model)
     if torch.cuda.is_initialized():

@@ -30,6 +30,7 @@ PURE = [
             "session",
             "handoff",
             "deadlines",
+            "memory",
             "tensor_parallel",
             "undecodable",
         )

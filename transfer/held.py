@@ -60,5 +60,8 @@ class _HeldRoute:
             await asyncio.sleep(_LOOK_S)
         await self._inner.write(tag, first + half, source[half:], destination[half:])
 
+    async def settled(self) -> None:
+        await self._inner.settled()
+
     async def disconnect(self) -> None:
         await self._inner.disconnect()

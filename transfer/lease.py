@@ -5,8 +5,11 @@ while it copies; the owner withdraws the leave, then waits until it gets the loc
 was killed holds no lock: the kernel lets go of it. One that is frozen in the middle of a copy
 keeps it, and the owner keeps its pages back until that process goes on or dies.
 
-    writer   lock shared ─> withdrawn? ─> copy ─> unlock
-    owner    withdraw ─> lock alone, not waiting ─> again, until it holds it
+    writer   lock shared ─> withdrawn? ─> say so ─> copy ─> say that it is over ─> unlock
+    owner    withdraw ─> lock alone, not waiting ─> nobody says that he copies? else is that process gone?
+
+The last question is for what a process has set going: its GPU writes on for a moment after the kernel has let go of a
+killed process's locks, but not after the process is gone altogether.
 
 The lease is a memfd of its own for each connection: it needs no name and no cleaning up.
 """
@@ -16,8 +19,11 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import select
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 
@@ -25,7 +31,10 @@ from transfer import memfd
 
 _TOKEN_BYTES = 32
 _GIVEN, _WITHDRAWN = b"\x01", b"\x00"
-_SIZE_BYTES = len(_GIVEN) + _TOKEN_BYTES
+_WRITER_AT = 40
+_WRITER = struct.Struct("=QQ")
+"""Process and when it began, of whoever copies; zeros while nobody does."""
+_SIZE_BYTES = _WRITER_AT + _WRITER.size
 
 
 class LeaseAddress(msgspec.Struct, frozen=True, array_like=True):
@@ -55,7 +64,8 @@ class Lease:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        return True
+        process, began = _WRITER.unpack(os.pread(self._descriptor, _WRITER.size, _WRITER_AT))
+        return not process or _is_gone(process, began)
 
     def close(self) -> None:
         """Only after `withdraw` said True: a writer would not notice."""
@@ -74,20 +84,62 @@ class Leave:
         if os.pread(self._descriptor, _TOKEN_BYTES, len(_GIVEN)) != address.token:
             os.close(self._descriptor)
             raise Withdrawn("lease: not the peer's")
+        process = os.getpid()
+        self._writer = _WRITER.pack(process, _began(process))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Raises Withdrawn. Inside, the memory is the writer's."""
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
+
+    def begin(self) -> None:
+        """From here to `end` the memory is the writer's, also that of its GPU. Raises Withdrawn."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             raise Withdrawn("the owner of the memory has withdrawn the leave to write") from error
-        try:
-            if os.pread(self._descriptor, 1, 0) != _GIVEN:
-                raise Withdrawn("the owner of the memory has withdrawn the leave to write")
-            yield
-        finally:
+        if not self.given:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            raise Withdrawn("the owner of the memory has withdrawn the leave to write")
+        os.pwrite(self._descriptor, self._writer, _WRITER_AT)
+
+    @property
+    def given(self) -> bool:
+        """Whether the owner has not withdrawn it."""
+        return os.pread(self._descriptor, 1, 0) == _GIVEN
+
+    def end(self) -> None:
+        os.pwrite(self._descriptor, _WRITER.pack(0, 0), _WRITER_AT)
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _began(process: int) -> int:
+    """When it did, in ticks since the host did: another process of the same number has another one. 0: not known."""
+    try:
+        # The name, in brackets, may hold anything.
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _is_gone(process: int, began: int) -> bool:
+    """Whether all of its threads have ended, and everything it had open is closed."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except OSError:
+        return True
+    try:
+        if _began(process) not in (began, 0):
+            return True
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(0))
+    finally:
+        os.close(descriptor)

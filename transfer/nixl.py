@@ -29,13 +29,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from transfer.layout import PoolLayout
+from transfer.memory import Memory
 from transfer.nixl_packages import NIXL_PACKAGES
 from transfer.plan import Pages, check_lengths, check_range
 from transfer.pool import Pool
@@ -43,9 +44,6 @@ from transfer.transport import Lanes, RouteLost, Unreachable, Wire
 from transfer.undecodable import UNDECODABLE
 
 log = logging.getLogger(__name__)
-
-Memory = Literal["DRAM", "VRAM"]
-"""Where the pool lies, in NIXL's words."""
 
 POLL_S = 30e-6
 """Between two looks at a transfer that is under way. NIXL offers nothing to wait on."""
@@ -216,6 +214,9 @@ class NixlRoute:
             # Also a cancelled write: what it began may still be on its way, until the agent is gone.
             self._lose(str(error) or "nixl: a write was cancelled")
             raise
+
+    async def settled(self) -> None:
+        pass
 
     async def disconnect(self) -> None:
         self._lose("nixl: disconnected")

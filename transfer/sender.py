@@ -355,6 +355,8 @@ class Sender:
             while True:
                 job = await peer.jobs.get()
                 if isinstance(job, _Say):
+                    # All that is said so is that this side has stopped, or will not go on.
+                    await peer.route.settled()
                     await peer.connection.send(job.message)
                 else:
                     await self._write_chunk(peer, job)

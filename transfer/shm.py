@@ -120,6 +120,9 @@ class ShmRoute:
             except Withdrawn as error:
                 raise RouteLost(f"shm: {error}") from error
 
+    async def settled(self) -> None:
+        pass
+
     async def disconnect(self) -> None:
         if self._leave is not None:
             self._leave.close()

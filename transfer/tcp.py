@@ -262,6 +262,9 @@ class TcpRoute:
             if isinstance(outcome, BaseException):
                 raise outcome
 
+    async def settled(self) -> None:
+        pass
+
     async def disconnect(self) -> None:
         if not self._connected:
             return

@@ -5,6 +5,7 @@
     describe     what that worker needs to reach the landing; travels over the authenticated connection
     connect      prefill: the Route to the landing that was described
     write        prefill: a list of pages, under a tag
+    settled      prefill: nothing that was begun is under way
     expect, coming, landed
                  decode: where a tag's pages go; that they are about to come; that all are there
     fence        decode: nothing lands under a tag any more
@@ -100,7 +101,7 @@ class Route(Protocol):
         """Whether decode has to be told before a write that it is coming (`Landing.coming`); else behind it will do."""
 
     async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
-        """Writes pages of this side's pool. One-sided transports return when they are in place, others when sent.
+        """Writes pages of this side's pool. Returns when they are in place, or sent, or somebody was told to send them.
 
         tag          the hand-off
         first        index of the first of these pages among all that the landing expects under the tag
@@ -109,6 +110,9 @@ class Route(Protocol):
 
         Raises RouteLost.
         """
+
+    async def settled(self) -> None:
+        """Returns once this side has nothing to do any more for what `write` has begun. Raises RouteLost."""
 
     async def disconnect(self) -> None:
         """Ends the route; a write that is under way ends or raises RouteLost first. A second call does nothing."""

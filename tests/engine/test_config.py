@@ -48,7 +48,7 @@ def test_every_file_in_configs_is_valid(path: Path) -> None:
         ("launch: {restarts: true}", "launch.restarts: wanted an integer of at least 0, found true"),
         ("launch: {stop_timeout_s: 0}", "launch.stop_timeout_s: wanted a number above 0, found 0"),
         ("transfer: {transports: []}", "transfer.transports: wanted a list with at least one entry, found a list of 0"),
-        ("transfer: {transports: [ucx]}", "transfer.transports[0]: wanted one of shm, tcp, nixl, found 'ucx'"),
+        ("transfer: {transports: [ucx]}", "transfer.transports[0]: wanted one of nvlink, shm, tcp, nixl, found 'ucx'"),
         ("transfer: {tcp_lanes: 0}", "transfer.tcp_lanes: wanted an integer from 1 to 64, found 0"),
         ("transfer: {silence_s: 0.5}", "transfer.silence_s: wanted a number of at least 1, found 0.5"),
         (
@@ -210,7 +210,9 @@ def test_one_group_with_a_gpu_is_enough_to_refuse_fork() -> None:
 
 @pytest.mark.parametrize(("device", "forks"), [("cpu", True), ("cuda", False)])
 def test_auto_forks_on_a_cpu_only(device: str, forks: bool) -> None:
-    assert parse(HEAD + f"engine: {{device: {device}}}").forks is forks
+    transports = {"cpu": "[shm]", "cuda": "[nvlink]"}[device]
+    text = HEAD + f"engine: {{device: {device}}}\ntransfer: {{transports: {transports}}}"
+    assert parse(text).forks is forks
 
 
 def test_spawn_can_be_chosen_on_a_cpu() -> None:
@@ -226,6 +228,40 @@ def test_a_router_that_everybody_reaches_needs_a_key(tmp_path: Path) -> None:
     assert parse_cluster(with_key, tmp_path).router.api_key_file == tmp_path / "key"
     (line,) = lines_of(with_key)
     assert line == "router.api_key_file: wanted a file, found none at /nowhere/key"
+
+
+PAIR = "workers: [{role: prefill}, {role: decode}]\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "transports", "problem"),
+    [
+        ("cuda", "[nvlink, nixl]", ""),
+        ("cpu", "[shm, tcp, nixl]", ""),
+        (
+            "cuda",
+            "[nvlink, shm]",
+            "transports[1]: wanted nvlink or nixl, as workers[0] keeps its pages in a GPU's memory",
+        ),
+        (
+            "cpu",
+            "[nvlink]",
+            "transports[0]: wanted shm or tcp or nixl, as workers[0] keeps its pages in a CPU's memory",
+        ),
+    ],
+)
+def test_pages_of_a_gpu_are_moved_by_others_than_those_of_a_cpu(device: str, transports: str, problem: str) -> None:
+    text = f"name: a\nmodel: {{path: x}}\n{PAIR}engine: {{device: {device}}}\ntransfer: {{transports: {transports}}}\n"
+    if problem:
+        (line,) = lines_of(text)
+        assert problem in line
+    else:
+        assert parse(text).transfer.transports
+
+
+def test_workers_that_do_both_hand_nothing_over() -> None:
+    text = "name: a\nmodel: {path: x}\nworkers: [{role: both}]\nengine: {device: cuda}"
+    assert parse(text).transfer.transports == ("shm", "tcp")
 
 
 NIXL = "transfer: {transports: [nixl, tcp], "

@@ -33,6 +33,17 @@ except Withdrawn:
 sys.stdin.readline()
 """
 
+UNLOCKED = """
+import fcntl, sys
+sys.path.insert(0, {root!r})
+from transfer.lease import Leave, LeaseAddress
+leave = Leave(LeaseAddress({path!r}, {token!r}))
+leave.begin()
+fcntl.flock(leave._descriptor, fcntl.LOCK_UN)
+print("unlocked", flush=True)
+sys.stdin.readline()
+"""
+
 
 @contextmanager
 def writer(lease: Lease) -> Iterator[subprocess.Popen[str]]:
@@ -131,4 +142,22 @@ def test_an_address_that_leads_to_no_lease_is_refused() -> None:
     with pytest.raises(Withdrawn, match="not the peer's"):
         Leave(msgspec.structs.replace(lease.address, token=b"x" * 32))
     lease.withdraw()
+    lease.close()
+
+
+def test_what_a_process_has_set_going_is_waited_for_until_it_is_gone() -> None:
+    """The kernel lets go of a killed process's locks before its GPU has stopped: a free lock is not enough."""
+    lease = Lease()
+    program = UNLOCKED.format(root=str(Path(__file__).parents[2]), path=lease.address.path, token=lease.address.token)
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert said(process) == "unlocked"
+        for _ in range(20):
+            assert not lease.withdraw()
+            time.sleep(0.01)
+
+        process.kill()
+
+        eventually_withdrawn(lease)
     lease.close()

@@ -1,0 +1,359 @@
+"""The transport nvlink on real GPUs: what every transport keeps, and processes that die while a kernel runs.
+
+With one GPU both processes use it: memory of another process is mapped the same way, but no link is crossed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.transfer.gpu_memory import GpuMemory
+from transfer.cuda import CudaFailed, Device
+from transfer.layout import PoolLayout
+from transfer.nvlink import NvlinkLanding, NvlinkRoute, NvlinkTransport
+from transfer.plan import Pages
+from transfer.transport import RouteLost, Unreachable
+
+pytestmark = pytest.mark.gpu
+
+CANARY = 0xEE
+WITHIN_S = 60
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return Device(0)
+
+
+@pytest.fixture(scope="module")
+def other_device() -> int:
+    """The peer's, another one where there is one."""
+    try:
+        Device(1)
+    except CudaFailed:
+        return 0
+    finally:
+        Device(0)
+    return 1
+
+
+def layout(page_bytes: tuple[int, ...], pages: int) -> PoolLayout:
+    return PoolLayout("m", "bfloat16", 16, page_bytes, (), pages)
+
+
+def some(count: int, of: int, seed: int) -> Pages:
+    return np.random.default_rng(seed).permutation(of)[:count].astype(np.int32)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, WITHIN_S))
+
+
+class NoWire:
+    async def dial(self, token: bytes) -> Any:
+        raise AssertionError("nvlink wants no more connections")
+
+    def broken(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def take(self, token: bytes) -> list[Any]:
+        return []
+
+
+class Ends:
+    """Both ends in this process: CUDA maps nothing then, all the rest is as it is."""
+
+    def __init__(self, device: Device, source: PoolLayout, destination: PoolLayout) -> None:
+        self.source, self.destination = GpuMemory(device, source), GpuMemory(device, destination)
+        self.source.pattern()
+        self.destination.fill(CANARY)
+        self.writer, self.reader = NvlinkTransport(self.source.pool), NvlinkTransport(self.destination.pool)
+
+    async def join(self) -> tuple[NvlinkLanding, NvlinkRoute]:
+        landing = await self.reader.land(NoWire())
+        return landing, await self.writer.connect(landing.describe(), self.destination.layout, NoWire())
+
+    def check(self, source: Pages, destination: Pages) -> None:
+        """These pages are there, and nothing else is."""
+        for mine, theirs in zip(self.source.read(), self.destination.read(), strict=True):
+            assert np.array_equal(mine[source], theirs[destination])
+            rest = np.ones(len(theirs), np.bool_)
+            rest[destination] = False
+            assert (theirs[rest] == CANARY).all()
+
+
+@asynccontextmanager
+async def joined(
+    device: Device, page_bytes: tuple[int, ...], pages: int, more: int = 5
+) -> AsyncIterator[tuple[Ends, NvlinkLanding, NvlinkRoute]]:
+    ends = Ends(device, layout(page_bytes, pages), layout(page_bytes, pages + more))
+    landing, route = await ends.join()
+    try:
+        yield ends, landing, route
+    finally:
+        await route.disconnect()
+        await landing.disconnect()
+        ends.source.free()
+        ends.destination.free()
+
+
+@pytest.mark.parametrize(
+    ("page_bytes", "count"),
+    [
+        ((2 << 10,), 1),
+        ((2 << 10,) * 64, 8192),
+        ((16 << 10,), 64),
+        ((128 << 10,) * 64, 8),
+        ((128 << 10,), 65),
+        ((2 << 20,), 9),
+        ((12288,) * 60, 16),
+        ((4096, 2048, 8192), 100),
+        ((9232,), 1025),
+        ((16,), 4001),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else f"{len(value)}x{value[0]}B",
+)
+@pytest.mark.parametrize("order", ["fragmented", "contiguous"])
+def test_every_page_lands_where_it_belongs_and_nowhere_else(
+    device: Device, page_bytes: tuple[int, ...], count: int, order: str
+) -> None:
+    async def work() -> None:
+        async with joined(device, page_bytes, count + 3) as (ends, landing, route):
+            if order == "fragmented":
+                source, destination = some(count, count + 3, 1), some(count, count + 8, 2)
+            else:
+                source, destination = (np.arange(start, start + count, dtype=np.int32) for start in (2, 7))
+            landing.expect(1, destination)
+            await route.write(1, 0, source, destination)
+            await landing.landed(1)
+            ends.check(source, destination)
+
+    run(work())
+
+
+def test_chunks_of_one_tag_and_tags_of_one_peer_do_not_mix(device: Device) -> None:
+    async def work() -> None:
+        async with joined(device, (4096, 2048), 200) as (ends, landing, route):
+            source, destination = some(160, 200, 1), some(160, 205, 2)
+            for tag in range(8):
+                landing.expect(tag, destination[tag * 20 : tag * 20 + 20])
+            for first in (0, 13):
+                for tag in range(8):
+                    start, end = tag * 20 + first, tag * 20 + (13 if first == 0 else 20)
+                    await route.write(tag, first, source[start:end], destination[start:end])
+            async with asyncio.TaskGroup() as group:
+                for tag in range(8):
+                    group.create_task(landing.landed(tag))
+            ends.check(source, destination)
+
+    run(work())
+
+
+def test_more_records_than_the_ring_has(device: Device) -> None:
+    async def work() -> None:
+        async with joined(device, (4096,), 64) as (ends, landing, route):
+            every = np.arange(64, dtype=np.int32)
+            for tag in range(80):
+                landing.expect(tag, every)
+
+            async def write() -> None:
+                for tag in range(80):
+                    for page in range(64):
+                        await route.write(tag, page, every[page : page + 1], every[page : page + 1])
+
+            writing = asyncio.create_task(write())
+            for tag in range(80):
+                await landing.landed(tag)
+            await writing
+            await route.settled()
+            ends.check(every, every)
+
+    run(work())
+
+
+def test_no_pages_are_a_hand_off_too(device: Device) -> None:
+    async def work() -> None:
+        async with joined(device, (4096,), 8) as (_, landing, route):
+            nothing = np.empty(0, np.int32)
+            landing.expect(1, nothing)
+            await route.write(1, 0, nothing, nothing)
+            await landing.landed(1)
+
+    run(work())
+
+
+def test_nothing_is_written_once_decode_has_withdrawn_its_leave(device: Device) -> None:
+    async def work() -> None:
+        async with joined(device, (1 << 20,), 64) as (ends, landing, route):
+            every = np.arange(64, dtype=np.int32)
+            landing.expect(1, every)
+
+            async def write() -> None:
+                while True:
+                    await route.write(1, 0, every, every)
+                    await asyncio.sleep(0)
+
+            writing = asyncio.create_task(write())
+            await asyncio.sleep(0.02)
+            await landing.disconnect()
+            ends.destination.fill(CANARY)
+            with pytest.raises(RouteLost, match="withdrawn"):
+                await writing
+            ends.check(every[:0], every[:0])
+
+    run(work())
+
+
+@pytest.mark.parametrize("description", [b"", b"garbage", b"\x92\x01\x02", bytes(4096), b"\x91" * 60_000])
+def test_a_description_that_leads_nowhere_is_unreachable(device: Device, description: bytes) -> None:
+    async def work() -> None:
+        async with joined(device, (4096,), 8) as (ends, _, _route):
+            with pytest.raises(Unreachable, match=r"^nvlink: "):
+                await ends.writer.connect(description, ends.destination.layout, NoWire())
+
+    run(work())
+
+
+def test_a_description_of_another_pool_is_unreachable(device: Device) -> None:
+    async def work() -> None:
+        async with joined(device, (4096, 2048), 8) as (ends, landing, _):
+            for other in (layout((4096, 2048), 1_000_000), layout((4096,), 13)):
+                with pytest.raises(Unreachable, match=r"^nvlink: "):
+                    await ends.writer.connect(landing.describe(), other, NoWire())
+
+    run(work())
+
+
+def test_memory_that_is_no_gpus_is_refused() -> None:
+    from transfer.pool import Pool
+
+    with pytest.raises(Unreachable, match=r"^nvlink: cuPointerGetAttribute"):
+        NvlinkTransport(Pool.zeros(layout((4096,), 8)))
+
+
+class Prefill:
+    """The other process."""
+
+    def __init__(self, device: int, page_bytes: tuple[int, ...], pages: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.transfer.gpu_prefill", str(device)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        self.ask(pages=pages, page_bytes=page_bytes)
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=10)
+
+
+@contextmanager
+def prefill(device: int, page_bytes: tuple[int, ...], pages: int) -> Iterator[Prefill]:
+    one = Prefill(device, page_bytes, pages)
+    try:
+        yield one
+    finally:
+        one.end()
+
+
+PAGES, PAGE_BYTES = 512, (128 << 10,) * 16
+EVERY = np.arange(PAGES, dtype=np.int32)
+
+
+def test_another_process_writes_into_this_ones_memory(device: Device, other_device: int) -> None:
+    async def work() -> None:
+        decode, mine = GpuMemory(device, layout(PAGE_BYTES, PAGES)), GpuMemory(device, layout(PAGE_BYTES, PAGES))
+        decode.fill(CANARY)
+        mine.pattern()
+        landing = await NvlinkTransport(decode.pool).land(NoWire())
+        with prefill(other_device, PAGE_BYTES, PAGES) as peer:
+            described = base64.b64encode(landing.describe()).decode()
+            assert peer.ask(connect=described, pages=PAGES) == {"connected": True}
+            source, destination = some(300, PAGES, 3), some(300, PAGES, 4)
+            landing.expect(9, destination)
+            assert peer.ask(write=[9, source.tolist(), destination.tolist()]) == {"written": True}
+            await landing.landed(9)
+            for there, here in zip(decode.read(), mine.read(), strict=True):
+                assert np.array_equal(there[destination], here[source])
+            await landing.disconnect()
+            assert "withdrawn" in peer.ask(write=[9, source.tolist(), destination.tolist()])["lost"]
+        decode.free()
+        mine.free()
+
+    run(work())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_after_a_lost_writer_nothing_lands_any_more_and_the_gpu_goes_on(
+    device: Device, other_device: int, how: signal.Signals
+) -> None:
+    async def work() -> None:
+        decode = GpuMemory(device, layout(PAGE_BYTES, PAGES))
+        for _ in range(10):
+            landing = await NvlinkTransport(decode.pool).land(NoWire())
+            with prefill(other_device, PAGE_BYTES, PAGES) as peer:
+                peer.ask(connect=base64.b64encode(landing.describe()).decode(), pages=PAGES)
+                landing.expect(1, EVERY)
+                assert peer.ask(flood=[1, EVERY.tolist(), EVERY.tolist()]) == {"flooding": True}
+                await asyncio.sleep(0.1)
+                os.kill(peer.process.pid, how)
+                if how is signal.SIGSTOP:
+                    # Frozen in the middle of a write it keeps its lock: pages stay back until it goes on.
+                    waiting = asyncio.create_task(landing.disconnect())
+                    await asyncio.sleep(0.2)
+                    os.kill(peer.process.pid, signal.SIGCONT)
+                    await waiting
+                else:
+                    await landing.disconnect()
+                decode.fill(CANARY)
+                await asyncio.sleep(0.3)
+                assert all((buffer == CANARY).all() for buffer in decode.read())
+        decode.free()
+
+    run(work())
+
+
+def test_a_writer_outlives_a_decode_process_that_is_killed_while_it_writes(device: Device, other_device: int) -> None:
+    """Here the other process is decode: its memory is the one that goes away."""
+    with prefill(other_device, PAGE_BYTES, PAGES) as writer:
+        before = writer.ask(alive=True)
+        decode = subprocess.Popen(
+            [sys.executable, "-m", "tests.transfer.gpu_decode", str(device.number), str(PAGES), str(PAGE_BYTES[0])],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        assert decode.stdout is not None
+        described = decode.stdout.readline().strip()
+        one_buffer = writer.ask(connect=described, pages=PAGES)
+        assert one_buffer == {"connected": True}, one_buffer
+        for _ in range(50):
+            assert writer.ask(write=[1, EVERY.tolist(), EVERY.tolist()]) == {"written": True}
+        decode.kill()
+        decode.communicate(timeout=10)
+        writer.ask(write=[1, EVERY.tolist(), EVERY.tolist()])
+        assert "cuda" not in str(writer.ask(settle=True)).lower()
+        assert writer.ask(alive=True) == before

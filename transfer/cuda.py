@@ -1,0 +1,190 @@
+"""What is used of CUDA: memory of another process, one kernel, its stream. Over NVIDIA's own bindings.
+
+Everything belongs to the device's primary context, which is the one that torch uses, so that pages
+need no translation. A thread has to be told of it once (`Device.use`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class CudaFailed(Exception):
+    """A call of CUDA's, by name, and why it failed."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the driver allocated at once: a handle leads to all of it."""
+
+    base: int
+    size_bytes: int
+
+
+class Device:
+    """One GPU of this process. Raises CudaFailed where there is none of this number, or no driver."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._cu = _driver()
+        self._device = self._call("cuDeviceGet", number)
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        self.use()
+        attribute = self._cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        self.multiprocessors: int = self._call("cuDeviceGetAttribute", attribute, self._device)
+
+    @classmethod
+    def of(cls, pointer: int) -> Device:
+        """The one on which this address lies. Raises CudaFailed for memory that is no device's."""
+        cu = _driver()
+        _check(cu, "cuInit", cu.cuInit(0))
+        attribute = cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        return cls(int(_check(cu, "cuPointerGetAttribute", cu.cuPointerGetAttribute(attribute, pointer))))
+
+    def use(self) -> None:
+        """Makes this device the calling thread's."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    # Memory.
+
+    def allocation_of(self, pointer: int) -> Allocation:
+        """Raises CudaFailed for memory that is not this device's."""
+        base, size_bytes = self._call("cuMemGetAddressRange", pointer)
+        return Allocation(int(base), int(size_bytes))
+
+    def share(self, allocation: Allocation) -> bytes:
+        """A handle by which another process of this host opens it.
+
+        Raises CudaFailed for memory that cannot be shared so: torch's expandable segments, managed memory.
+        """
+        return bytes(self._call("cuIpcGetMemHandle", allocation.base).reserved)
+
+    def open(self, handle: bytes) -> int:
+        """Where the allocation of another process lies here. Raises CudaFailed, also for a device out of reach."""
+        made = self._cu.CUipcMemHandle()
+        made.reserved = handle
+        return int(self._call("cuIpcOpenMemHandle", made, 1))
+
+    def close(self, opened: int) -> None:
+        self._call("cuIpcCloseMemHandle", opened)
+
+    def allocate(self, size_bytes: int) -> int:
+        """Memory of this device's own, zeroed. For tests, benchmarks and small tables."""
+        pointer = int(self._call("cuMemAlloc", size_bytes))
+        self._call("cuMemsetD8", pointer, 0, size_bytes)
+        return pointer
+
+    def free(self, pointer: int) -> None:
+        self._call("cuMemFree", pointer)
+
+    def upload(self, pointer: int, data: npt.NDArray[Any]) -> None:
+        self._call("cuMemcpyHtoD", pointer, data.ctypes.data, data.nbytes)
+
+    def download(self, pointer: int, into: npt.NDArray[Any]) -> None:
+        self._call("cuMemcpyDtoH", into.ctypes.data, pointer, into.nbytes)
+
+    def map_host(self, pointer: int, size_bytes: int) -> int:
+        """Lets kernels write to this memory of the process. Returns its address for them."""
+        flags = self._cu.CU_MEMHOSTREGISTER_DEVICEMAP | self._cu.CU_MEMHOSTREGISTER_PORTABLE
+        self._call("cuMemHostRegister", pointer, size_bytes, flags)
+        return int(self._call("cuMemHostGetDevicePointer", pointer, 0))
+
+    def unmap_host(self, pointer: int) -> None:
+        self._call("cuMemHostUnregister", pointer)
+
+    # Work.
+
+    def stream(self) -> Any:
+        """Of the highest priority, and none that waits for others."""
+        _least, greatest = self._call("cuCtxGetStreamPriorityRange")
+        return self._call("cuStreamCreateWithPriority", self._cu.CUstream_flags.CU_STREAM_NON_BLOCKING, greatest)
+
+    def synchronize(self, stream: Any) -> None:
+        self._call("cuStreamSynchronize", stream)
+
+    def destroy_stream(self, stream: Any) -> None:
+        self._call("cuStreamDestroy", stream)
+
+    def idle(self, stream: Any) -> bool:
+        """Whether all that was put into the stream is done. Raises CudaFailed where any of it went wrong."""
+        (error,) = self._cu.cuStreamQuery(stream)
+        if error == self._cu.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        _check(self._cu, "cuStreamQuery", (error,))
+        return True
+
+    def kernel(self, source: str, name: str, options: Sequence[str] = ()) -> Any:
+        """A function of this CUDA C++ program. Raises CudaFailed with the compiler's words."""
+        module = self._call(
+            "cuModuleLoadData", _compiled(source, (*options, f"--gpu-architecture={self._architecture}"))
+        )
+        return self._call("cuModuleGetFunction", module, name.encode())
+
+    def launch(self, function: Any, blocks: int, threads: int, stream: Any, arguments: npt.NDArray[np.uintp]) -> None:
+        """arguments: the address of each of the kernel's parameters; read before this returns"""
+        self._call("cuLaunchKernel", function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments.ctypes.data, 0)
+
+    @property
+    def _architecture(self) -> str:
+        names = self._cu.CUdevice_attribute
+        major, minor = (
+            self._call("cuDeviceGetAttribute", attribute, self._device)
+            for attribute in (
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
+        return f"sm_{major}{minor}"
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return _check(self._cu, name, getattr(self._cu, name)(*arguments))
+
+
+@functools.cache
+def _driver() -> Any:
+    """Raises CudaFailed where NVIDIA's bindings are not installed, or find no driver."""
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise CudaFailed(f"cuda-bindings: {error}") from error
+    _check(driver, "cuInit", driver.cuInit(0))
+    return driver
+
+
+@functools.cache
+def _compiled(source: str, options: tuple[str, ...]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    def call(name: str, *arguments: Any) -> Any:
+        return _check(nvrtc, name, getattr(nvrtc, name)(*arguments))
+
+    program = call("nvrtcCreateProgram", source.encode(), b"mainstem.cu", 0, [], [])
+    encoded = [option.encode() for option in options]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        said = ctypes.create_string_buffer(call("nvrtcGetProgramLogSize", program))
+        call("nvrtcGetProgramLog", program, said.raw)
+        raise CudaFailed(f"nvrtc: {said.value.decode(errors='replace')}")
+    binary = bytes(call("nvrtcGetCUBINSize", program))
+    call("nvrtcGetCUBIN", program, binary)
+    return binary
+
+
+def _check(library: Any, name: str, result: tuple[Any, ...]) -> Any:
+    """What a call of NVIDIA's bindings returned, without its first part, the error. Raises CudaFailed."""
+    error, *rest = result
+    if int(error) != 0:
+        if hasattr(library, "cuGetErrorName"):
+            _, said = library.cuGetErrorName(error)
+            raise CudaFailed(f"{name}: {said.decode() if said else error}")
+        raise CudaFailed(f"{name}: {error}")
+    if not rest:
+        return None
+    return rest[0] if len(rest) == 1 else tuple(rest)

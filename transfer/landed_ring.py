@@ -1,0 +1,104 @@
+"""What a GPU tells a process of another GPU's pages: records in host memory, one for each piece of work, in order.
+
+    byte   0      token, by which the writer knows that it found the right memory
+          64      how many records the reader has taken, by which the writer knows which may be overwritten
+        4096      records of 32 bytes: tag, pages, sequence, nothing; the sequence is written last, and begins at 1
+
+The writer's kernel writes a record when its pages are in place; the reader looks, and waits for no stream of its own.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+
+import msgspec
+import numpy as np
+
+from transfer import memfd
+
+RECORDS = 1024
+RECORD_BYTES = 32
+_TOKEN_BYTES = 32
+_TAKEN_AT, _RECORDS_AT = 64, 4096
+SIZE_BYTES = _RECORDS_AT + RECORDS * RECORD_BYTES
+_TAG, _PAGES, _SEQUENCE = 0, 1, 2
+
+
+class RingAddress(msgspec.Struct, frozen=True, array_like=True):
+    """Where a process of this host finds a ring."""
+
+    path: str
+    token: bytes
+
+
+class NoRing(Exception):
+    """The address leads to no ring, or another one."""
+
+
+class _Mapped:
+    def __init__(self, descriptor: int) -> None:
+        self.memory = mmap.mmap(descriptor, SIZE_BYTES)
+        words = np.frombuffer(self.memory, np.uint64)
+        self.taken = words[_TAKEN_AT // 8 : _TAKEN_AT // 8 + 1]
+        self.records = words[_RECORDS_AT // 8 :].reshape(RECORDS, RECORD_BYTES // 8)
+
+
+class RingReader:
+    """Decode's end. For one thread."""
+
+    def __init__(self) -> None:
+        self._descriptor = memfd.create("mainstem-landed", SIZE_BYTES)
+        token = secrets.token_bytes(_TOKEN_BYTES)
+        self._mapped = _Mapped(self._descriptor)
+        self._mapped.memory[:_TOKEN_BYTES] = token
+        self._next = 1
+        self.address = RingAddress(memfd.path_of(self._descriptor), token)
+
+    def take(self) -> list[tuple[int, int]]:
+        """Tag and pages of what has landed since the last call, in order."""
+        found = []
+        while True:
+            record = self._mapped.records[(self._next - 1) % RECORDS]
+            if int(record[_SEQUENCE]) != self._next:
+                break
+            found.append((int(record[_TAG]), int(record[_PAGES])))
+            self._next += 1
+        if found:
+            self._mapped.taken[0] = self._next - 1
+        return found
+
+    def close(self) -> None:
+        """The memory goes with the last process that has it."""
+        os.close(self._descriptor)
+
+
+class RingWriter:
+    """Prefill's end: it says where the next record goes, and its GPU writes there."""
+
+    def __init__(self, address: RingAddress) -> None:
+        """Raises NoRing."""
+        try:
+            descriptor = memfd.open_at(address.path, SIZE_BYTES)
+        except memfd.NoMemory as error:
+            raise NoRing(f"ring: {error}") from error
+        try:
+            self._mapped = _Mapped(descriptor)
+        finally:
+            os.close(descriptor)
+        if self._mapped.memory[:_TOKEN_BYTES] != address.token:
+            raise NoRing("ring: not the peer's")
+        self.pointer = int(self._mapped.records.ctypes.data) - _RECORDS_AT
+        """Where the whole of it begins in this process. A multiple of a memory page."""
+        self._sequence = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the next record would take the place of one that nobody has read."""
+        return self._sequence - int(self._mapped.taken[0]) >= RECORDS
+
+    def next(self) -> tuple[int, int]:
+        """Sequence of the next record, and its place in bytes from the ring's beginning. Only where there is room."""
+        self._sequence += 1
+        return self._sequence, _RECORDS_AT + (self._sequence - 1) % RECORDS * RECORD_BYTES

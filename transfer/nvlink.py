@@ -1,0 +1,377 @@
+"""Pages between two GPUs of one host: prefill's GPU writes into decode's pool, which it has mapped. One kernel a write.
+
+    write     prefill   one launch for all buffers; page indices travel with it as arguments, nothing waits for it
+    landed    decode    reads the records that the kernel leaves in host memory once its pages are in place
+    settled   prefill   its stream is empty, so that it can say that it stopped
+
+CUDA maps the other process's memory (IPC handles of whole allocations). A mapping cannot be taken from a process, so a
+lease (transfer/lease.py) is held as long as a kernel may be under way: decode withdraws it from a writer that is lost.
+A process that dies takes its kernels with it before its locks are let go of.
+
+Both processes have to see both GPUs: choose one by SGLang's `base-gpu-id`, not by CUDA_VISIBLE_DEVICES.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections import defaultdict
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from transfer.cuda import CudaFailed, Device
+from transfer.landed_ring import SIZE_BYTES, NoRing, RingAddress, RingReader, RingWriter
+from transfer.layout import PoolLayout
+from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
+from transfer.plan import Pages, check_lengths, check_range
+from transfer.pool import Pool
+from transfer.transport import Lanes, RouteLost, Unreachable, Wire
+from transfer.undecodable import UNDECODABLE
+
+log = logging.getLogger(__name__)
+
+MOST_PAGES = (64, 1024, 4000)
+"""Of one launch; a kernel for each in copy_pages.cu. The last is what fits into a launch's arguments."""
+THREADS = 1024
+WARPS = THREADS // 32
+PIECE_BYTES = 4096
+"""What a warp copies at a time (copy_pages.cu)."""
+VECTOR_BYTES = 16
+BLOCKS = 32
+"""Multiprocessors that a write may take from the prefill that goes on meanwhile."""
+SPIN_S = 5e-3
+"""Looked for without a pause; then every millisecond, as asyncio knows no shorter sleep."""
+WITHDRAW_AGAIN_S = 0.002
+SAY_AFTER_S = 1.0
+_PROCESS = secrets.token_bytes(16)
+"""Of those that were forked from one process it is the same, but not the process's number."""
+
+
+class _Buffer(msgspec.Struct, frozen=True, array_like=True):
+    """Where a buffer of the landing's pool begins."""
+
+    handle: int
+    """Which of the handles."""
+    offset: int
+    pointer: int
+    """In the landing's own process."""
+
+
+class _Address(msgspec.Struct, frozen=True, array_like=True):
+    process: bytes
+    number: int
+    """Of the process."""
+    handles: tuple[bytes, ...]
+    sizes_bytes: tuple[int, ...]
+    """Of each handle's allocation."""
+    buffers: tuple[_Buffer, ...]
+    ring: RingAddress
+    lease: LeaseAddress
+
+
+class NvlinkTransport:
+    """blocks  multiprocessors that a write takes at most
+
+    The pool lies on one GPU. Raises Unreachable where it lies elsewhere, or its memory cannot be shared.
+    """
+
+    name = "nvlink"
+
+    def __init__(self, pool: Pool, *, blocks: int = BLOCKS) -> None:
+        self._pool = pool
+        self._pointers = [buffer.ctypes.data for buffer in pool.buffers]
+        uneven = [size for size in (*pool.layout.page_bytes, *self._pointers) if size % VECTOR_BYTES]
+        if uneven:
+            raise Unreachable(f"nvlink: wanted pages in multiples of {VECTOR_BYTES} bytes, found {uneven[0]}")
+        try:
+            self._device = Device.of(self._pointers[0])
+            source = (files("transfer") / "copy_pages.cu").read_text()
+            self._kernels = [self._device.kernel(source, f"copy_pages_{most}") for most in MOST_PAGES]
+            allocations = [self._device.allocation_of(pointer) for pointer in self._pointers]
+        except CudaFailed as error:
+            raise Unreachable(f"nvlink: {error}") from error
+        self._allocations = list(dict.fromkeys(allocations))
+        self._buffers = tuple(
+            _Buffer(self._allocations.index(one), pointer - one.base, pointer)
+            for one, pointer in zip(allocations, self._pointers, strict=True)
+        )
+        self._blocks = min(blocks, self._device.multiprocessors)
+
+    async def land(self, wire: Wire) -> NvlinkLanding:
+        self._device.use()
+        try:
+            handles = tuple(self._device.share(one) for one in self._allocations)
+        except CudaFailed as error:
+            raise Unreachable(
+                f"nvlink: {error}: memory of cudaMalloc is wanted, not torch's expandable segments"
+            ) from error
+        return NvlinkLanding(handles, tuple(one.size_bytes for one in self._allocations), self._buffers)
+
+    async def connect(self, description: bytes, layout: PoolLayout, lanes: Lanes) -> NvlinkRoute:
+        """As the contract says. It waits for CUDA, about ten milliseconds for each allocation."""
+        self._device.use()
+        mapped: list[int] = []
+        try:
+            address = msgspec.msgpack.decode(description, type=_Address)
+            _check(address, layout, self._pool.layout)
+            ring = RingWriter(address.ring)
+            leave = Leave(address.lease)
+            if (address.process, address.number) == (_PROCESS, os.getpid()):
+                # CUDA opens no handle of the process itself; tests have both ends in one.
+                pointers = [one.pointer for one in address.buffers]
+            else:
+                mapped += [self._device.open(handle) for handle in address.handles]
+                pointers = [mapped[one.handle] + one.offset for one in address.buffers]
+            job = _Copy(self._device, self._kernels, self._blocks, self._pool.layout, self._pointers, pointers, ring)
+        except (*UNDECODABLE, ValueError, NoRing, Withdrawn, CudaFailed) as error:
+            for one in mapped:
+                self._device.close(one)
+            raise Unreachable(f"nvlink: {error}") from error
+        return NvlinkRoute(self._device, self._pool.layout, layout, mapped, job, leave)
+
+
+class NvlinkLanding:
+    """Decode's end."""
+
+    def __init__(self, handles: tuple[bytes, ...], sizes_bytes: tuple[int, ...], buffers: tuple[_Buffer, ...]) -> None:
+        self._ring = RingReader()
+        self._lease: Lease | None = Lease()
+        self._address = _Address(
+            _PROCESS, os.getpid(), handles, sizes_bytes, buffers, self._ring.address, self._lease.address
+        )
+        self._expected: dict[int, int] = {}
+        """Pages of each tag."""
+        self._landed: defaultdict[int, int] = defaultdict(int)
+
+    def describe(self) -> bytes:
+        return msgspec.msgpack.encode(self._address)
+
+    def expect(self, tag: int, pages: Pages) -> None:
+        if self._lease is not None:
+            self._expected[tag] = len(pages)
+
+    def coming(self, tag: int) -> None:
+        pass
+
+    def in_place(self, tag: int) -> bool:
+        if self._lease is None:
+            return False
+        self._look()
+        if self._landed[tag] < self._expected.get(tag, 0):
+            return False
+        self._forget(tag)
+        return True
+
+    async def landed(self, tag: int) -> None:
+        since_s = time.monotonic()
+        while not self.in_place(tag):
+            if self._lease is None:
+                raise RouteLost("nvlink: disconnected")
+            await _pause(since_s)
+
+    async def fence(self, tag: int) -> None:
+        """Returns at once: a writer that says that it stopped has waited for its GPU."""
+        self._look()
+        self._forget(tag)
+
+    async def disconnect(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return
+        began_s, said = time.monotonic(), False
+        while not lease.withdraw():
+            if not said and time.monotonic() - began_s > SAY_AFTER_S:
+                said = True
+                log.warning("pages kept back: a prefill process is frozen while its GPU writes, until it goes on")
+            await asyncio.sleep(WITHDRAW_AGAIN_S)
+        lease.close()
+        self._ring.close()
+        self._expected.clear()
+        self._landed.clear()
+
+    def _look(self) -> None:
+        for tag, pages in self._ring.take():
+            if tag in self._expected:
+                self._landed[tag] += pages
+
+    def _forget(self, tag: int) -> None:
+        self._expected.pop(tag, None)
+        self._landed.pop(tag, None)
+
+
+class NvlinkRoute:
+    """Prefill's end."""
+
+    landing_is_polled = False
+
+    def __init__(
+        self, device: Device, mine: PoolLayout, theirs: PoolLayout, mapped: list[int], job: _Copy, leave: Leave
+    ) -> None:
+        self._device = device
+        self._mine = mine
+        self._theirs = theirs
+        self._mapped = mapped
+        self._job = job
+        self._leave = leave
+        self._lost: str | None = None
+        self._watching: asyncio.Task[None] | None = None
+        """Holds the lease while the GPU writes."""
+        self._ended = False
+
+    async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
+        """Returns once the GPU has been told."""
+        check_range(source, self._mine.pages)
+        check_range(destination, self._theirs.pages)
+        check_lengths(source, destination)
+        for start in range(0, len(source), MOST_PAGES[-1]):
+            since_s = time.monotonic()
+            while self._job.ring.full and self._leave.given:
+                self._check()
+                await _pause(since_s)
+            self._check()
+            end = start + MOST_PAGES[-1]
+            self._hold()
+            try:
+                self._job.launch(tag, source[start:end], destination[start:end])
+            except CudaFailed as error:
+                self._lost = f"nvlink: {error}"
+                raise RouteLost(self._lost) from error
+
+    async def settled(self) -> None:
+        if self._watching is not None:
+            # Shielded: whoever is cancelled while waiting must not cancel the holding.
+            await asyncio.shield(self._watching)
+        self._check()
+
+    async def disconnect(self) -> None:
+        self._lost = self._lost or "nvlink: disconnected"
+        if self._watching is not None:
+            await asyncio.shield(self._watching)
+        if self._ended:
+            return
+        self._ended = True
+        self._job.close()
+        for one in self._mapped:
+            self._device.close(one)
+        self._leave.close()
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise RouteLost(self._lost)
+
+    def _hold(self) -> None:
+        """Raises RouteLost where decode has withdrawn its leave."""
+        if self._watching is not None and not self._watching.done():
+            if self._leave.given:
+                return
+            # What is under way keeps the lock until it is done.
+            self._lost = "nvlink: decode has withdrawn the leave to write"
+            self._check()
+        try:
+            self._leave.begin()
+        except Withdrawn as error:
+            self._lost = f"nvlink: {error}"
+            raise RouteLost(self._lost) from error
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        since_s = time.monotonic()
+        try:
+            while not self._job.idle:
+                await _pause(since_s)
+        except CudaFailed as error:
+            log.error("nvlink: %s", error)
+            self._lost = f"nvlink: {error}"
+        finally:
+            self._leave.end()
+
+
+class _Copy:
+    """The kernel of one route, its stream and its arguments."""
+
+    def __init__(
+        self,
+        device: Device,
+        kernels: list[Any],
+        blocks: int,
+        layout: PoolLayout,
+        sources: list[int],
+        destinations: list[int],
+        ring: RingWriter,
+    ) -> None:
+        self.ring = ring
+        self._device = device
+        self._kernels = kernels
+        self._blocks = blocks
+        self._stream = device.stream()
+        self._ring_pointer = device.map_host(ring.pointer, SIZE_BYTES)
+        table = np.array(list(zip(sources, destinations, layout.page_bytes, strict=True)), np.uint64)
+        self._memory = device.allocate(VECTOR_BYTES + table.nbytes)
+        device.upload(self._memory + VECTOR_BYTES, table)
+        pieces = -(-max(layout.page_bytes) // PIECE_BYTES)
+        self._warps_a_page = len(table) * pieces
+        self._record, self._tag, self._sequence = (np.zeros(1, np.uint64) for _ in range(3))
+        self._pages = [np.zeros(1 + 2 * most, np.int32) for most in MOST_PAGES]
+        fixed: list[npt.NDArray[Any]] = [
+            np.array([self._memory + VECTOR_BYTES], np.uint64),
+            np.array([len(table)], np.uint32),
+            np.array([pieces], np.uint32),
+            np.array([self._memory], np.uint64),
+        ]
+        self._kept = [*fixed, self._record, self._tag, self._sequence]
+        self._arguments = [
+            np.array([one.ctypes.data for one in (*self._kept, pages)], np.uintp) for pages in self._pages
+        ]
+
+    @property
+    def idle(self) -> bool:
+        """Raises CudaFailed."""
+        return self._device.idle(self._stream)
+
+    def launch(self, tag: int, source: Pages, destination: Pages) -> None:
+        """At most MOST_PAGES[-1] pages, and only where the ring is not full. Raises CudaFailed."""
+        count = len(source)
+        size = next(number for number, most in enumerate(MOST_PAGES) if count <= most)
+        pages, most = self._pages[size], MOST_PAGES[size]
+        pages[0] = count
+        pages[1 : 1 + count] = source
+        pages[1 + most : 1 + most + count] = destination
+        sequence, offset = self.ring.next()
+        self._record[0], self._tag[0], self._sequence[0] = self._ring_pointer + offset, tag, sequence
+        blocks = min(self._blocks, -(-count * self._warps_a_page // WARPS))
+        self._device.launch(self._kernels[size], blocks, THREADS, self._stream, self._arguments[size])
+
+    def close(self) -> None:
+        """Once its stream is idle."""
+        self._device.destroy_stream(self._stream)
+        self._device.free(self._memory)
+        self._device.unmap_host(self.ring.pointer)
+
+
+async def _pause(since_s: float) -> None:
+    """Between two looks at something that has been waited for since then."""
+    await asyncio.sleep(0 if time.monotonic() - since_s < SPIN_S else 1e-3)
+
+
+def _check(address: _Address, layout: PoolLayout, mine: PoolLayout) -> None:
+    """Raises ValueError unless these buffers hold a pool of this layout, which fits this side's."""
+    for field, wanted, found in (
+        ("page_bytes", mine.page_bytes, layout.page_bytes),
+        ("buffers", len(layout.page_bytes), len(address.buffers)),
+        ("handles", len(address.sizes_bytes), len(address.handles)),
+    ):
+        if wanted != found:
+            raise ValueError(f"{field}: wanted {wanted}, found {found}")
+    for one, page_bytes in zip(address.buffers, layout.page_bytes, strict=True):
+        if not 0 <= one.handle < len(address.handles):
+            raise ValueError(f"buffers: wanted one of {len(address.handles)} handles, found {one.handle}")
+        end, size_bytes = one.offset + layout.pages * page_bytes, address.sizes_bytes[one.handle]
+        if not 0 <= one.offset < end <= size_bytes:
+            raise ValueError(f"buffers: wanted them within {size_bytes} bytes, found one that ends at {end}")
