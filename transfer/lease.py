@@ -16,11 +16,14 @@ The lease is a memfd of its own for each connection: it needs no name and no cle
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import logging
 import os
 import secrets
 import select
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +32,11 @@ import msgspec
 
 from transfer import memfd
 
+log = logging.getLogger(__name__)
+
 _TOKEN_BYTES = 32
+_WITHDRAW_AGAIN_S = 0.005
+_SAY_AFTER_S = 1.0
 _GIVEN, _WITHDRAWN = b"\x01", b"\x00"
 _WRITER_AT = 40
 _WRITER = struct.Struct("=QQ")
@@ -70,6 +77,16 @@ class Lease:
     def close(self) -> None:
         """Only after `withdraw` said True: a writer would not notice."""
         os.close(self._descriptor)
+
+    async def take_back(self) -> None:
+        """Withdraws the leave, waits until nobody copies any more, says so where that takes long, and closes."""
+        began_s, said = time.monotonic(), False
+        while not self.withdraw():
+            if not said and time.monotonic() - began_s > _SAY_AFTER_S:
+                said = True
+                log.warning("pages kept back: a prefill process is frozen while it writes to them, until it goes on")
+            await asyncio.sleep(_WITHDRAW_AGAIN_S)
+        self.close()
 
 
 class Leave:

@@ -19,6 +19,7 @@ import os
 import secrets
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from importlib.resources import files
 from typing import Any
 
@@ -48,8 +49,6 @@ BLOCKS = 32
 """Multiprocessors that a write may take from the prefill that goes on meanwhile."""
 SPIN_S = 5e-3
 """Looked for without a pause; then every millisecond, as asyncio knows no shorter sleep."""
-WITHDRAW_AGAIN_S = 0.002
-SAY_AFTER_S = 1.0
 _PROCESS = secrets.token_bytes(16)
 """Of those that were forked from one process it is the same, but not the process's number."""
 
@@ -117,24 +116,32 @@ class NvlinkTransport:
     async def connect(self, description: bytes, layout: PoolLayout, lanes: Lanes) -> NvlinkRoute:
         """As the contract says. It waits for CUDA, about ten milliseconds for each allocation."""
         self._device.use()
-        mapped: list[int] = []
-        try:
-            address = msgspec.msgpack.decode(description, type=_Address)
-            _check(address, layout, self._pool.layout)
-            ring = RingWriter(address.ring)
-            leave = Leave(address.lease)
-            if (address.process, address.number) == (_PROCESS, os.getpid()):
-                # CUDA opens no handle of the process itself; tests have both ends in one.
-                pointers = [one.pointer for one in address.buffers]
-            else:
-                mapped += [self._device.open(handle) for handle in address.handles]
-                pointers = [mapped[one.handle] + one.offset for one in address.buffers]
-            job = _Copy(self._device, self._kernels, self._blocks, self._pool.layout, self._pointers, pointers, ring)
-        except (*UNDECODABLE, ValueError, NoRing, Withdrawn, CudaFailed) as error:
-            for one in mapped:
-                self._device.close(one)
-            raise Unreachable(f"nvlink: {error}") from error
+        with ExitStack() as undo:
+            try:
+                address = msgspec.msgpack.decode(description, type=_Address)
+                _check(address, layout, self._pool.layout)
+                ring = RingWriter(address.ring)
+                leave = Leave(address.lease)
+                undo.callback(leave.close)
+                mapped, pointers = self._map(address, undo)
+                job = _Copy(
+                    self._device, self._kernels, self._blocks, self._pool.layout, self._pointers, pointers, ring
+                )
+            except (*UNDECODABLE, ValueError, NoRing, Withdrawn, CudaFailed) as error:
+                raise Unreachable(f"nvlink: {error}") from error
+            undo.pop_all()
         return NvlinkRoute(self._device, self._pool.layout, layout, mapped, job, leave)
+
+    def _map(self, address: _Address, undo: ExitStack) -> tuple[list[int], list[int]]:
+        """The landing's allocations and its buffers, where they lie in this process. Raises CudaFailed."""
+        if (address.process, address.number) == (_PROCESS, os.getpid()):
+            # CUDA opens no handle of the process itself; tests have both ends in one.
+            return [], [one.pointer for one in address.buffers]
+        mapped = []
+        for handle in address.handles:
+            mapped.append(self._device.open(handle))
+            undo.callback(self._device.close, mapped[-1])
+        return mapped, [mapped[one.handle] + one.offset for one in address.buffers]
 
 
 class NvlinkLanding:
@@ -185,13 +192,7 @@ class NvlinkLanding:
         lease, self._lease = self._lease, None
         if lease is None:
             return
-        began_s, said = time.monotonic(), False
-        while not lease.withdraw():
-            if not said and time.monotonic() - began_s > SAY_AFTER_S:
-                said = True
-                log.warning("pages kept back: a prefill process is frozen while its GPU writes, until it goes on")
-            await asyncio.sleep(WITHDRAW_AGAIN_S)
-        lease.close()
+        await lease.take_back()
         self._ring.close()
         self._expected.clear()
         self._landed.clear()
@@ -257,9 +258,13 @@ class NvlinkRoute:
         if self._ended:
             return
         self._ended = True
-        self._job.close()
-        for one in self._mapped:
-            self._device.close(one)
+        try:
+            self._job.close()
+            for one in self._mapped:
+                self._device.close(one)
+        except CudaFailed as error:
+            # The GPU is of no use to this process any more: SGLang finds that too, and ends.
+            log.error("nvlink: %s", error)
         self._leave.close()
 
     def _check(self) -> None:

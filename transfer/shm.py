@@ -7,8 +7,6 @@ takes that memory from a writer that is lost.
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 
 import msgspec
 
@@ -19,12 +17,8 @@ from transfer.pool import NotShared, Pool, SharedAddress
 from transfer.transport import Lanes, RouteLost, Unreachable, Wire
 from transfer.undecodable import UNDECODABLE
 
-log = logging.getLogger(__name__)
-
 PIECE_BYTES = 8 << 20
 """Copied at once: the loop looks at its sockets, and the writer at its lease, after each piece (about a ms)."""
-WITHDRAW_AGAIN_S = 0.005
-SAY_AFTER_S = 1.0
 
 
 class _Address(msgspec.Struct, frozen=True, array_like=True):
@@ -84,13 +78,7 @@ class ShmLanding:
         lease, self._lease = self._lease, None
         if lease is None:
             return
-        began_s, said = time.monotonic(), False
-        while not lease.withdraw():
-            if not said and time.monotonic() - began_s > SAY_AFTER_S:
-                said = True
-                log.warning("pages kept back: a prefill process is frozen while it writes to them, until it goes on")
-            await asyncio.sleep(WITHDRAW_AGAIN_S)
-        lease.close()
+        await lease.take_back()
 
 
 class ShmRoute:

@@ -389,7 +389,7 @@ def test_pairs_without_a_way_between_them_are_passed_over_until_one_has_it(start
 
 def test_a_whole_answer_that_takes_far_longer_than_others_did_is_made_elsewhere(start: Any) -> None:
     async def scenario() -> None:
-        async with start("p0", "d0", "d1", stall_timeout_s=0.2) as cluster:
+        async with start("p0", "d0", "d1", stall_timeout_s=0.8) as cluster:
             asked = chat("hi", max_tokens=8)
             for _ in range(40):
                 await cluster.post(asked)
