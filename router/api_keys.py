@@ -7,6 +7,7 @@ alice sk-alices-key             or a name and a key: requests with it are alice'
 
 from __future__ import annotations
 
+import base64
 import hmac
 from pathlib import Path
 
@@ -37,11 +38,27 @@ class ApiKeys:
         return cls(by_key)
 
     def tenant(self, authorization: str) -> str | None:
-        """Whose request this is, by its header; None where the key is not one of ours."""
-        given = authorization.removeprefix("Bearer ").encode() if authorization.startswith("Bearer ") else b""
+        """Whose request this is, by its header; None where the key is not one of ours.
+
+        As a bearer token, or as the password that a browser asks for, beside any name.
+        """
+        given = _given(authorization)
         found = None
         for key, name in self._by_key.items():
             # All are compared, so that the time says nothing.
             if hmac.compare_digest(key, given):
                 found = name
         return found
+
+
+def _given(authorization: str) -> bytes:
+    """The key in this header; empty where there is none."""
+    scheme, _, rest = authorization.partition(" ")
+    if scheme == "Bearer":
+        return rest.encode()
+    if scheme == "Basic":
+        try:
+            return base64.b64decode(rest, validate=True).partition(b":")[2]
+        except ValueError:
+            return b""
+    return b""

@@ -13,13 +13,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response, params
 from fastapi.responses import FileResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -314,12 +314,19 @@ def create_app(router: Router) -> FastAPI:
     for endpoint in Endpoint:
         app.router.routes.append(Route(endpoint.value, _Relay(router, endpoint), methods=["POST"]))
     app.add_exception_handler(HTTPException, _not_served)
-    _add_service(app, router)
-    _add_dashboard(app, router)
+    app.add_exception_handler(ApiError, _api_error)
+
+    async def known(request: Request) -> None:
+        if router.tenant(request.headers.get("authorization", "")) is None:
+            raise _unauthorized()
+
+    # All but /health and /ready, which say nothing of anybody's, and what workers call, which is signed.
+    _add_service(app, router, [Depends(known)])
+    _add_dashboard(app, router, [Depends(known)])
     return app
 
 
-def _add_service(app: FastAPI, router: Router) -> None:
+def _add_service(app: FastAPI, router: Router, known: Sequence[params.Depends]) -> None:
     def card() -> dict[str, Any]:
         contexts = [worker.registration.max_context_tokens for worker in router.fleet if not worker.lost]
         return {
@@ -330,16 +337,12 @@ def _add_service(app: FastAPI, router: Router) -> None:
             "max_model_len": min(contexts, default=None),
         }
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        if router.tenant(request.headers.get("authorization", "")) is None:
-            return _error(_unauthorized())
+    @app.get("/v1/models", dependencies=known)
+    async def models() -> Response:
         return _json({"object": "list", "data": [card()]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(request: Request, name: str) -> Response:
-        if router.tenant(request.headers.get("authorization", "")) is None:
-            return _error(_unauthorized())
+    @app.get("/v1/models/{name:path}", dependencies=known)
+    async def model(name: str) -> Response:
         if name != router.spec.model:
             message = f"model: wanted {router.spec.model!r}, found {name[:200]!r}"
             return _error(ApiError(404, message, param="model", code="model_not_found"))
@@ -354,7 +357,7 @@ def _add_service(app: FastAPI, router: Router) -> None:
         reasons = router.unready()
         return _json({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", dependencies=known)
     async def metrics() -> Response:
         return Response(router.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -397,19 +400,19 @@ async def _signed(router: Router, request: Request) -> bytes:
     return body
 
 
-def _add_dashboard(app: FastAPI, router: Router) -> None:
+def _add_dashboard(app: FastAPI, router: Router, known: Sequence[params.Depends]) -> None:
     if (_here / "static").is_dir():
         app.mount("/static", StaticFiles(directory=_here / "static"), name="static")
 
-    @app.get("/")
+    @app.get("/", dependencies=known)
     async def dashboard() -> Response:
         return FileResponse(_here / "dashboard.html", media_type="text/html", headers=NO_STORE)
 
-    @app.get("/api/state")
+    @app.get("/api/state", dependencies=known)
     async def state() -> Response:
         return _json(router.snapshot(), headers=NO_STORE)
 
-    @app.get("/api/events")
+    @app.get("/api/events", dependencies=known)
     async def events() -> Response:
         async def ticks() -> AsyncIterator[bytes]:
             # Ends when the client leaves, as writing is cancelled then, or when the router closes.
@@ -422,7 +425,7 @@ def _add_dashboard(app: FastAPI, router: Router) -> None:
 
         return StreamingResponse(ticks(), media_type="text/event-stream", headers=NO_STORE)
 
-    @app.get("/api/explain/{request_id}")
+    @app.get("/api/explain/{request_id}", dependencies=known)
     async def explain(request_id: str) -> Response:
         record = router.ledger.get(request_id)
         if record is None:
@@ -436,12 +439,19 @@ async def _not_served(request: Request, error: Exception) -> Response:
     return _error(ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}"))
 
 
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _error(error)
+
+
 def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
 def _error(error: ApiError) -> Response:
-    return Response(error.body(), error.status, media_type="application/json")
+    # A browser asks for a name and a password then: the password is the key.
+    headers = {"www-authenticate": 'Basic realm="mainstem"'} if error.status == 401 else None
+    return Response(error.body(), error.status, headers, media_type="application/json")
 
 
 def _unauthorized() -> ApiError:

@@ -80,7 +80,8 @@ class RouterSection(BaseModel):
     """Routers in front of the same workers, named router, router-1 and so on: each has the next port, and each counts
     what the others have sent."""
     api_key_file: Path | None = None
-    """File with the key that clients must send as `Authorization: Bearer …`; none: no key is asked for."""
+    """File with the keys of which clients must send one as `Authorization: Bearer …`, or a browser as the password for
+    the dashboard; none: no key is asked for."""
     index_max_bytes: Annotated[int, Field(ge=1_000_000)] = 256 * 1024 * 1024
     """Memory that the prefix index may take."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0

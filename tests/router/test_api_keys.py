@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,20 @@ def test_a_key_says_whose_request_it_is(tmp_path: Path) -> None:
     assert keys.tenant("Bearer sk-2") == "alice"
     for header in ("", "Bearer ", "Bearer alice", "sk-1", "Basic sk-1"):
         assert keys.tenant(header) is None
+
+
+def test_a_browser_gives_the_key_as_a_password(tmp_path: Path) -> None:
+    keys = read(tmp_path, "alice sk-2\n")
+
+    assert keys.tenant(basic(b"whoever:sk-2")) == "alice"
+    for given in (b"sk-2:", b"sk-2", b"alice:sk-2:", b":", b""):
+        assert keys.tenant(basic(given)) is None
+    for header in ("Basic", "Basic ???", "Basic \u00e4", "basic"):
+        assert keys.tenant(header) is None
+
+
+def basic(given: bytes) -> str:
+    return f"Basic {base64.b64encode(given).decode()}"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import openai
 import pytest
@@ -448,7 +449,29 @@ def test_an_api_key_is_asked_for_where_one_is_configured(start: Any, tmp_path: P
             assert done.choices
             await client.close()
 
+            explained = f"/api/explain/{cluster.router.ledger.newest(1)[0].id}"
+            for path in ("/", "/metrics", "/api/state", "/api/events", explained):
+                for given, wanted in (
+                    ({}, 401),
+                    (basic("secre"), 401),
+                    (basic("secret"), 200),
+                    (bearer("secret"), 200),
+                ):
+                    async with cluster.session.get(cluster.url + path, headers=given) as response:
+                        assert response.status == wanted, (path, given)
+                        assert ("www-authenticate" in response.headers) == (wanted == 401)
+            for path in ("/health", "/ready"):
+                assert (await cluster.get(path))[0] == 200
+
     run(scenario())
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def basic(password: str) -> dict[str, str]:
+    return {"authorization": aiohttp.encode_basic_auth("anybody", password)}
 
 
 def test_the_dashboards_state_metrics_and_events_agree(start: Any) -> None:
