@@ -23,14 +23,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks import memcpy, report
+from benchmarks import handoff_gpu, memcpy, report
 from benchmarks.bench_cluster import run_main
 from benchmarks.unfinished import Unfinished, continue_argument
 from benchmarks.ways.cell import MOST_MOVED_BYTES, Cell
 from benchmarks.ways.ends import HandOffFailed
 from benchmarks.ways.memory import DecodeMemory, WrongByte, compare, over, wipe
 from benchmarks.ways.prefill_process import Open, PrefillProcess, Send, running_prefill
-from benchmarks.ways.registry import WAYS, decode_end, missing
+from benchmarks.ways.registry import WAYS, PrefillWays, decode_end, missing
 from benchmarks.ways.sample import Sample
 
 MEMCPY = "memcpy"
@@ -57,6 +57,8 @@ Samples = dict[tuple[str, Cell], list[Sample]]
 
 
 def main() -> int:
+    if "--gpu" in sys.argv:
+        return handoff_gpu.main([argument for argument in sys.argv[1:] if argument != "--gpu"])
     options = arguments()
     # Each pair is taken apart again, and says that it lost its peer.
     logging.getLogger("transfer").setLevel(logging.ERROR)
@@ -80,6 +82,7 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = report.arguments(__doc__ or "")
     ways = ", ".join(WAYS)
+    parser.add_argument("--gpu", action="store_true", help="pools on GPUs instead; --gpu --help says more")
     parser.add_argument("--quick", action="store_true", help="one round of three cells, under a minute")
     parser.add_argument("--only", type=_names, default=[], help=f"some of {ways}; memcpy is always measured")
     parser.add_argument("--pages", type=_numbers, default=PAGES, help="pages of a hand-off, as 1,64")
@@ -119,7 +122,7 @@ def measure(ways: Sequence[str], cells: Sequence[Cell], rounds: int, lanes: int,
     samples: Samples = {}
     memory_bytes = max(cell.layout.pages * cell.page_bytes for cell in cells)
     memory = DecodeMemory(memory_bytes)
-    with running_prefill(memory_bytes) as prefill:
+    with running_prefill(PrefillWays, memory_bytes) as prefill:
         for number, cell in itertools.product(range(rounds), cells):
             names = [MEMCPY, *ways]
             first = number % len(names)

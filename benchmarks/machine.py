@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,19 @@ def describe() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "sglang": version("sglang"),
-        "torch": version("torch"),
+        "sglang": _version("sglang"),
+        "torch": _version("torch"),
     }
+
+
+def gpus() -> list[str]:
+    """Each GPU's name, memory and driver, as NVIDIA's tool says; empty where there is none."""
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return said.splitlines()
 
 
 def one_line() -> str:
@@ -30,6 +41,13 @@ def one_line() -> str:
         f"{found['processor']}, {found['cores']} cores, {found['memory_gb']} GB, load {found['load_1min']}, "
         f"Python {found['python']}, SGLang {found['sglang']}, PyTorch {found['torch']}"
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _processor() -> str:

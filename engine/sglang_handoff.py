@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from sglang.srt.disaggregation.base.conn import (
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
+from engine.sglang_layers import ForwardPasses, layers_of, why_whole
 from engine.spec import WorkerSpec
 from transfer.auth import ClusterKey
 from transfer.deadlines import Deadlines
@@ -39,6 +40,9 @@ from transfer.sender import Sender
 from transfer.session import ReceiverState, SenderState
 from transfer.transports import make
 from transfer.wire import parse_bound_host
+
+if TYPE_CHECKING:
+    from transfer.nvlink import Layers
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +146,13 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         self.sender: Sender | None = None
         self.receiver: Receiver | None = None
         pool, self._aux = _pools(args, server_args)
+        self.bytes_per_page = pool.layout.bytes_per_page
         decodes = disaggregation_mode == DisaggregationMode.DECODE
         key = ClusterKey.read(Path(spec.key_file))
         deadlines = Deadlines(handoff_s=spec.handoff_timeout_s, silence_s=spec.silence_s)
+        layers = None if decodes else _layers(spec, pool, server_args, is_mla=bool(is_mla_backend))
+        self.passes = None if layers is None else ForwardPasses(layers.count, len(layers.buffers))
+        """Of a prefill worker whose pages may leave layer by layer."""
         transports = make(
             spec.transports,
             pool,
@@ -153,6 +161,7 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
             nixl_devices=spec.nixl_devices,
             stall_s=spec.silence_s,
             memory=MEMORY[server_args.device],
+            layers=layers,
         )
         if decodes:
             self.receiver = Receiver(
@@ -234,7 +243,25 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
             return
         self._sent_pages += len(kv_indices)
         last = self._sent_pages == self._pages
-        self._sender.send(self._room, kv_indices, self._manager.aux_row(self._aux_index) if last else None)
+        aux = self._manager.aux_row(self._aux_index) if last else None
+        # SGLang leaves an event here with pages that an earlier pass may still be computing, and nowhere else.
+        event = self.__dict__.pop("_early_send_wait_event", None)
+        self._sender.send(self._room, kv_indices, aux, None if event is None else _EventMark(event))
+
+    def goes_ahead(self, pages: int, least_bytes: int) -> bool:
+        """Whether it is worth while to say which pages are about to be computed, so many of them."""
+        return (
+            not self._refused
+            and pages * self._manager.bytes_per_page >= least_bytes
+            and self._sender.goes_ahead(self._room)
+        )
+
+    def ahead(self, first_token: int, kv_indices: npt.NDArray[np.int32], count: int) -> None:
+        """These pages, from this token of the prompt on, are computed by the pass that begins with this layer count."""
+        page_tokens = self._manager.kv_args.page_size
+        first = (first_token - self._sender.prefix_tokens(self._room)) // page_tokens
+        # What decode holds already is not wanted.
+        self._sender.ahead(self._room, max(first, 0), kv_indices[max(-first, 0) :], count)
 
     def poll(self) -> int:
         return FAILED if self._refused else _SENDER_POLL[self._sender.state(self._room)._value_]
@@ -319,6 +346,16 @@ class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]
             self._refused = self._refused or "request aborted"
 
 
+@dataclass(frozen=True)
+class _EventMark:
+    """An event of torch's on the stream that computes (transfer.sender.Mark)."""
+
+    event: Any
+
+    def reached(self) -> bool:
+        return bool(self.event.query())
+
+
 class NoBootstrapServer(BaseKVBootstrapServer):  # type: ignore[misc]
     """SGLang starts a bootstrap server on prefill workers; the hand-off port needs none."""
 
@@ -338,6 +375,22 @@ def _bound_address(address: str) -> tuple[str, int, int | None]:
 
 def _room_taken(room: int) -> HandoffRefused:
     return HandoffRefused(f"bootstrap_room: wanted one of its own for each request, found {room} in use")
+
+
+def _layers(spec: WorkerSpec, pool: Pool, server_args: Any, *, is_mla: bool) -> Layers | None:
+    """What lets pages leave layer by layer; None where they do not."""
+    if MEMORY[server_args.device] != "VRAM" or "nvlink" not in spec.transports or not spec.layerwise:
+        return None
+    if reason := why_whole(server_args):
+        log.info("pages leave when a forward pass is over, not layer by layer: %s", reason)
+        return None
+    # CUDA's bindings, and a driver: only where there is a GPU.
+    from transfer.cuda import Device
+    from transfer.layer_count import LayerCount
+    from transfer.nvlink import Layers
+
+    count = LayerCount(Device.of(pool.buffers[0].ctypes.data))
+    return Layers(count, layers_of(len(pool.buffers), is_mla=is_mla))
 
 
 def _pools(args: KVArgs, server_args: Any) -> tuple[Pool, Pool]:

@@ -2,7 +2,8 @@
 //
 // A warp copies one piece at a time: PIECE_BYTES of one page of one buffer, sixteen bytes a lane, all loads in flight
 // before the first store. Which pages is passed by value, so nothing is uploaded before a launch; a short list makes a
-// short launch, hence several kernels. What a record looks like: transfer/landed_ring.py.
+// short launch, hence several kernels. What a record looks like: transfer/landed_ring.py. A launch without a place for a
+record copies and says nothing; one without pages only says that those which others copied, before it, are there.
 
 typedef unsigned long long u64;
 
@@ -32,7 +33,7 @@ static const unsigned PIECE_BYTES = LANES * IN_FLIGHT * sizeof(uint4);
 template <unsigned MOST>
 __device__ __forceinline__ void copy(
     const Buffer* __restrict__ buffers, unsigned buffer_count, unsigned pieces_a_page, unsigned* blocks_done,
-    Record* record, u64 tag, u64 sequence, const Pages<MOST>& pages)
+    Record* record, u64 tag, u64 record_pages, u64 sequence, const Pages<MOST>& pages)
 {
     const unsigned lane = threadIdx.x % LANES;
     const u64 warps = (u64)gridDim.x * (blockDim.x / LANES);
@@ -61,8 +62,9 @@ __device__ __forceinline__ void copy(
     __syncthreads();
     if (threadIdx.x == 0 && atomicAdd(blocks_done, 1) == gridDim.x - 1) {
         *blocks_done = 0;
+        if (!record) return;
         record->tag = tag;
-        record->pages = pages.count;
+        record->pages = record_pages;
         __threadfence_system();
         *(volatile u64*)&record->sequence = sequence;
     }
@@ -71,9 +73,9 @@ __device__ __forceinline__ void copy(
 #define COPY_PAGES(MOST)                                                                                          \
     extern "C" __global__ void __launch_bounds__(1024) copy_pages_##MOST(                                         \
         const Buffer* __restrict__ buffers, unsigned buffer_count, unsigned pieces_a_page, unsigned* blocks_done, \
-        Record* record, u64 tag, u64 sequence, const __grid_constant__ Pages<MOST> pages)                         \
+        Record* record, u64 tag, u64 record_pages, u64 sequence, const __grid_constant__ Pages<MOST> pages)       \
     {                                                                                                             \
-        copy<MOST>(buffers, buffer_count, pieces_a_page, blocks_done, record, tag, sequence, pages);              \
+        copy<MOST>(buffers, buffer_count, pieces_a_page, blocks_done, record, tag, record_pages, sequence, pages);\
     }
 
 COPY_PAGES(64)

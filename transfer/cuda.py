@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+BATCHED_FROM = 64
+"""More copies than these go to the driver in one call."""
+
 
 class CudaFailed(Exception):
     """A call of CUDA's, by name, and why it failed."""
@@ -44,7 +47,6 @@ class Device:
     def of(cls, pointer: int) -> Device:
         """The one on which this address lies. Raises CudaFailed for memory that is no device's."""
         cu = _driver()
-        _check(cu, "cuInit", cu.cuInit(0))
         attribute = cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         return cls(int(_check(cu, "cuPointerGetAttribute", cu.cuPointerGetAttribute(attribute, pointer))))
 
@@ -78,8 +80,11 @@ class Device:
     def allocate(self, size_bytes: int) -> int:
         """Memory of this device's own, zeroed. For tests, benchmarks and small tables."""
         pointer = int(self._call("cuMemAlloc", size_bytes))
-        self._call("cuMemsetD8", pointer, 0, size_bytes)
+        self.fill(pointer, 0, size_bytes)
         return pointer
+
+    def fill(self, pointer: int, byte: int, size_bytes: int) -> None:
+        self._call("cuMemsetD8", pointer, byte, size_bytes)
 
     def free(self, pointer: int) -> None:
         self._call("cuMemFree", pointer)
@@ -89,6 +94,19 @@ class Device:
 
     def download(self, pointer: int, into: npt.NDArray[Any]) -> None:
         self._call("cuMemcpyDtoH", into.ctypes.data, pointer, into.nbytes)
+
+    def copy(self, stream: Any, copies: Sequence[tuple[int, int, int]]) -> None:
+        """From, to, bytes: by the copy engines. For benchmarks; it takes microseconds for each."""
+        cu = self._cu
+        if len(copies) <= BATCHED_FROM:
+            for source, destination, size_bytes in copies:
+                self._call("cuMemcpyAsync", destination, source, size_bytes, stream)
+            return
+        attributes = cu.CUmemcpyAttributes()
+        attributes.srcAccessOrder = cu.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+        sources, destinations, sizes = (list(one) for one in zip(*copies, strict=True))
+        pointers = [[cu.CUdeviceptr(one) for one in many] for many in (destinations, sources)]
+        self._call("cuMemcpyBatchAsync", *pointers, sizes, len(copies), [attributes], [0], 1, stream)
 
     def map_host(self, pointer: int, size_bytes: int) -> int:
         """Lets kernels write to this memory of the process. Returns its address for them."""
@@ -119,6 +137,14 @@ class Device:
             return False
         _check(self._cu, "cuStreamQuery", (error,))
         return True
+
+    def write_word(self, stream: Any, pointer: int, value: int) -> None:
+        """The stream writes these 32 bits once all that was put into it before is done, and can be seen."""
+        self._call("cuStreamWriteValue32", stream, pointer, value, 0)
+
+    def wait_for_word(self, stream: Any, pointer: int, value: int) -> None:
+        """The stream goes no further until these 32 bits are this value or a later one, on a circle."""
+        self._call("cuStreamWaitValue32", stream, pointer, value, 0)
 
     def kernel(self, source: str, name: str, options: Sequence[str] = ()) -> Any:
         """A function of this CUDA C++ program. Raises CudaFailed with the compiler's words."""
@@ -154,7 +180,12 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise CudaFailed(f"cuda-bindings: {error}") from error
-    _check(driver, "cuInit", driver.cuInit(0))
+    try:
+        initialized = driver.cuInit(0)
+    except RuntimeError as error:
+        # The driver's own library is looked for when it is first called.
+        raise CudaFailed(f"no driver: {str(error).splitlines()[0]}") from error
+    _check(driver, "cuInit", initialized)
     return driver
 
 

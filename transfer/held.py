@@ -48,6 +48,8 @@ class _HeldRoute:
     def __init__(self, inner: Route, free: threading.Event, held: threading.Event) -> None:
         self._inner = inner
         self.landing_is_polled = inner.landing_is_polled
+        self.slice_bytes = inner.slice_bytes
+        self.ahead = inner.ahead
         self._free = free
         self._held = held
 

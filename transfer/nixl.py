@@ -40,7 +40,7 @@ from transfer.memory import Memory
 from transfer.nixl_packages import NIXL_PACKAGES
 from transfer.plan import Pages, check_lengths, check_range
 from transfer.pool import Pool
-from transfer.transport import Lanes, RouteLost, Unreachable, Wire
+from transfer.transport import SLICE_BYTES, Ahead, Lanes, RouteLost, Unreachable, Wire
 from transfer.undecodable import UNDECODABLE
 
 log = logging.getLogger(__name__)
@@ -188,6 +188,8 @@ class NixlRoute:
     """Prefill's end."""
 
     landing_is_polled = True
+    slice_bytes = SLICE_BYTES
+    ahead: Ahead | None = None
 
     def __init__(self, agent: _Agent, mine: PoolLayout, theirs: PoolLayout, write_s: float) -> None:
         self._agent = agent

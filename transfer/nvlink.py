@@ -1,8 +1,10 @@
 """Pages between two GPUs of one host: prefill's GPU writes into decode's pool, which it has mapped. One kernel a write.
 
-    write     prefill   one launch for all buffers; page indices travel with it as arguments, nothing waits for it
-    landed    decode    reads the records that the kernel leaves in host memory once its pages are in place
-    settled   prefill   its stream is empty, so that it can say that it stopped
+    write         prefill   one launch for all buffers; page indices travel with it as arguments, nothing waits for it
+    write_ahead   prefill   a launch for each layer, or a few, which its stream holds until they have been computed
+    confirm       prefill   a launch that copies nothing: it says that those are there
+    landed        decode    reads the records that the kernel leaves in host memory once its pages are in place
+    settled       prefill   its stream is empty, so that it can say that it stopped
 
 CUDA maps the other process's memory (IPC handles of whole allocations). A mapping cannot be taken from a process, so a
 lease (transfer/lease.py) is held as long as a kernel may be under way: decode withdraws it from a writer that is lost.
@@ -19,7 +21,9 @@ import os
 import secrets
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -29,11 +33,12 @@ import numpy.typing as npt
 
 from transfer.cuda import CudaFailed, Device
 from transfer.landed_ring import SIZE_BYTES, NoRing, RingAddress, RingReader, RingWriter
+from transfer.layer_count import LayerCount
 from transfer.layout import PoolLayout
 from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
 from transfer.plan import Pages, check_lengths, check_range
 from transfer.pool import Pool
-from transfer.transport import Lanes, RouteLost, Unreachable, Wire
+from transfer.transport import Ahead, Lanes, RouteLost, Unreachable, Wire
 from transfer.undecodable import UNDECODABLE
 
 log = logging.getLogger(__name__)
@@ -47,6 +52,8 @@ PIECE_BYTES = 4096
 VECTOR_BYTES = 16
 BLOCKS = 32
 """Multiprocessors that a write may take from the prefill that goes on meanwhile."""
+LAUNCH_BYTES = 8 << 20
+"""What one launch of a write ahead should copy at least: it takes the courier about as long as the link."""
 SPIN_S = 5e-3
 """Looked for without a pause; then every millisecond, as asyncio knows no shorter sleep."""
 _PROCESS = secrets.token_bytes(16)
@@ -75,16 +82,27 @@ class _Address(msgspec.Struct, frozen=True, array_like=True):
     lease: LeaseAddress
 
 
+@dataclass(frozen=True)
+class Layers:
+    """What is known of how a pool's pages are computed."""
+
+    count: LayerCount
+    buffers: tuple[tuple[int, ...], ...]
+    """Of each layer, in the order in which they are computed. Those that are in none are there when all these are."""
+
+
 class NvlinkTransport:
     """blocks  multiprocessors that a write takes at most
+    layers  given where pages shall leave while later layers are computed
 
     The pool lies on one GPU. Raises Unreachable where it lies elsewhere, or its memory cannot be shared.
     """
 
     name = "nvlink"
 
-    def __init__(self, pool: Pool, *, blocks: int = BLOCKS) -> None:
+    def __init__(self, pool: Pool, *, blocks: int = BLOCKS, layers: Layers | None = None) -> None:
         self._pool = pool
+        self._layers = layers
         self._pointers = [buffer.ctypes.data for buffer in pool.buffers]
         uneven = [size for size in (*pool.layout.page_bytes, *self._pointers) if size % VECTOR_BYTES]
         if uneven:
@@ -124,13 +142,13 @@ class NvlinkTransport:
                 leave = Leave(address.lease)
                 undo.callback(leave.close)
                 mapped, pointers = self._map(address, undo)
-                job = _Copy(
-                    self._device, self._kernels, self._blocks, self._pool.layout, self._pointers, pointers, ring
-                )
+                table = _Table.of(self._pool.layout, self._pointers, pointers, self._layers)
+                job = _Copy(self._device, self._kernels, self._blocks, table, ring)
             except (*UNDECODABLE, ValueError, NoRing, Withdrawn, CudaFailed) as error:
                 raise Unreachable(f"nvlink: {error}") from error
             undo.pop_all()
-        return NvlinkRoute(self._device, self._pool.layout, layout, mapped, job, leave)
+        count = self._layers.count if self._layers is not None else None
+        return NvlinkRoute(self._device, self._pool.layout, layout, mapped, job, leave, count)
 
     def _map(self, address: _Address, undo: ExitStack) -> tuple[list[int], list[int]]:
         """The landing's allocations and its buffers, where they lie in this process. Raises CudaFailed."""
@@ -211,9 +229,17 @@ class NvlinkRoute:
     """Prefill's end."""
 
     landing_is_polled = False
+    slice_bytes = 1 << 30
 
     def __init__(
-        self, device: Device, mine: PoolLayout, theirs: PoolLayout, mapped: list[int], job: _Copy, leave: Leave
+        self,
+        device: Device,
+        mine: PoolLayout,
+        theirs: PoolLayout,
+        mapped: list[int],
+        job: _Copy,
+        leave: Leave,
+        count: LayerCount | None,
     ) -> None:
         self._device = device
         self._mine = mine
@@ -221,29 +247,53 @@ class NvlinkRoute:
         self._mapped = mapped
         self._job = job
         self._leave = leave
+        self._count = count
         self._lost: str | None = None
         self._watching: asyncio.Task[None] | None = None
         """Holds the lease while the GPU writes."""
         self._ended = False
 
+    @property
+    def ahead(self) -> Ahead | None:
+        return None if self._count is None else self
+
     async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
         """Returns once the GPU has been told."""
-        check_range(source, self._mine.pages)
-        check_range(destination, self._theirs.pages)
-        check_lengths(source, destination)
+        self._check_pages(source, destination)
         for start in range(0, len(source), MOST_PAGES[-1]):
-            since_s = time.monotonic()
-            while self._job.ring.full and self._leave.given:
-                self._check()
-                await _pause(since_s)
-            self._check()
             end = start + MOST_PAGES[-1]
-            self._hold()
-            try:
-                self._job.launch(tag, source[start:end], destination[start:end])
-            except CudaFailed as error:
-                self._lost = f"nvlink: {error}"
-                raise RouteLost(self._lost) from error
+            await self._tell(tag, source[start:end], destination[start:end], len(source[start:end]))
+
+    async def write_ahead(self, source: Pages, destination: Pages, count: int) -> None:
+        assert self._count is not None, "a route without layers offers no writing ahead"
+        self._check_pages(source, destination)
+        self._check()
+        self._hold()
+        try:
+            for layers, buffers in self._job.table.groups(len(source), LAUNCH_BYTES):
+                self._count.hold(self._job.stream, count + layers)
+                for start in range(0, len(source), MOST_PAGES[-1]):
+                    end = start + MOST_PAGES[-1]
+                    self._job.copy(source[start:end], destination[start:end], buffers)
+        except CudaFailed as error:
+            raise self._failed(error) from error
+
+    async def confirm(self, tag: int, pages: int) -> None:
+        nothing = np.empty(0, np.int32)
+        await self._tell(tag, nothing, nothing, pages)
+
+    async def _tell(self, tag: int, source: Pages, destination: Pages, pages: int) -> None:
+        """One launch, with a record of so many pages. Waits for a place for it."""
+        since_s = time.monotonic()
+        while self._job.ring.full and self._leave.given:
+            self._check()
+            await _pause(since_s)
+        self._check()
+        self._hold()
+        try:
+            self._job.copy_and_tell(tag, source, destination, pages)
+        except CudaFailed as error:
+            raise self._failed(error) from error
 
     async def settled(self) -> None:
         if self._watching is not None:
@@ -266,6 +316,15 @@ class NvlinkRoute:
             # The GPU is of no use to this process any more: SGLang finds that too, and ends.
             log.error("nvlink: %s", error)
         self._leave.close()
+
+    def _check_pages(self, source: Pages, destination: Pages) -> None:
+        check_range(source, self._mine.pages)
+        check_range(destination, self._theirs.pages)
+        check_lengths(source, destination)
+
+    def _failed(self, error: CudaFailed) -> RouteLost:
+        self._lost = f"nvlink: {error}"
+        return RouteLost(self._lost)
 
     def _check(self) -> None:
         if self._lost is not None:
@@ -294,43 +353,68 @@ class NvlinkRoute:
         except CudaFailed as error:
             log.error("nvlink: %s", error)
             self._lost = f"nvlink: {error}"
-        finally:
-            self._leave.end()
+        # Not where this task is cut off: its process is about to end then, and decode has to wait for that.
+        self._leave.end()
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where each buffer begins here and there, those of a layer beside each other: a launch copies a range of them."""
+
+    rows: npt.NDArray[np.uint64]
+    """Shape (buffers, 3): its address here, its address there, bytes of a page."""
+    ends: tuple[int, ...]
+    """Behind each layer's last row; the last layer's are all that are left."""
+
+    @classmethod
+    def of(cls, layout: PoolLayout, here: list[int], there: list[int], layers: Layers | None) -> _Table:
+        everything = range(len(here))
+        by_layer: Sequence[Sequence[int]] = [everything] if layers is None else layers.buffers
+        order = [buffer for layer in by_layer for buffer in layer]
+        ends = [sum(len(layer) for layer in by_layer[: number + 1]) for number in range(len(by_layer))]
+        order += sorted(set(everything) - set(order))
+        ends[-1] = len(order)
+        rows = [(here[buffer], there[buffer], layout.page_bytes[buffer]) for buffer in order]
+        return cls(np.array(rows, np.uint64), tuple(ends))
+
+    def groups(self, pages: int, launch_bytes: int) -> list[tuple[int, range]]:
+        """Layers that are copied together, so that a launch has this much to do: how many there are up to the last of
+        them, and their rows."""
+        found: list[tuple[int, range]] = []
+        start = 0
+        for number, end in enumerate(self.ends, start=1):
+            enough = pages * int(self.rows[start:end, 2].sum()) >= launch_bytes
+            if enough or number == len(self.ends):
+                found.append((number, range(start, end)))
+                start = end
+        return found
 
 
 class _Copy:
     """The kernel of one route, its stream and its arguments."""
 
-    def __init__(
-        self,
-        device: Device,
-        kernels: list[Any],
-        blocks: int,
-        layout: PoolLayout,
-        sources: list[int],
-        destinations: list[int],
-        ring: RingWriter,
-    ) -> None:
+    def __init__(self, device: Device, kernels: list[Any], blocks: int, table: _Table, ring: RingWriter) -> None:
         self.ring = ring
+        self.table = table
+        self.stream = device.stream()
         self._device = device
         self._kernels = kernels
         self._blocks = blocks
-        self._stream = device.stream()
         self._ring_pointer = device.map_host(ring.pointer, SIZE_BYTES)
-        table = np.array(list(zip(sources, destinations, layout.page_bytes, strict=True)), np.uint64)
-        self._memory = device.allocate(VECTOR_BYTES + table.nbytes)
-        device.upload(self._memory + VECTOR_BYTES, table)
-        pieces = -(-max(layout.page_bytes) // PIECE_BYTES)
-        self._warps_a_page = len(table) * pieces
-        self._record, self._tag, self._sequence = (np.zeros(1, np.uint64) for _ in range(3))
+        self._memory = device.allocate(VECTOR_BYTES + table.rows.nbytes)
+        device.upload(self._memory + VECTOR_BYTES, table.rows)
+        self._all = range(len(table.rows))
+        self._pieces = -(-int(table.rows[:, 2].max()) // PIECE_BYTES)
+        self._start = np.zeros(1, np.uint64)
+        self._buffers, pieces = np.zeros(1, np.uint32), np.array([self._pieces], np.uint32)
+        done = np.array([self._memory], np.uint64)
+        self._record, self._tag, self._told_pages, self._sequence = (np.zeros(1, np.uint64) for _ in range(4))
         self._pages = [np.zeros(1 + 2 * most, np.int32) for most in MOST_PAGES]
-        fixed: list[npt.NDArray[Any]] = [
-            np.array([self._memory + VECTOR_BYTES], np.uint64),
-            np.array([len(table)], np.uint32),
-            np.array([pieces], np.uint32),
-            np.array([self._memory], np.uint64),
-        ]
-        self._kept = [*fixed, self._record, self._tag, self._sequence]
+        # As copy_pages.cu has them.
+        self._kept = (
+            *(self._start, self._buffers, pieces, done),
+            *(self._record, self._tag, self._told_pages, self._sequence),
+        )
         self._arguments = [
             np.array([one.ctypes.data for one in (*self._kept, pages)], np.uintp) for pages in self._pages
         ]
@@ -338,24 +422,36 @@ class _Copy:
     @property
     def idle(self) -> bool:
         """Raises CudaFailed."""
-        return self._device.idle(self._stream)
+        return self._device.idle(self.stream)
 
-    def launch(self, tag: int, source: Pages, destination: Pages) -> None:
-        """At most MOST_PAGES[-1] pages, and only where the ring is not full. Raises CudaFailed."""
+    def copy_and_tell(self, tag: int, source: Pages, destination: Pages, pages: int) -> None:
+        """At most MOST_PAGES[-1] pages; a record of `pages`. Only where the ring is not full. Raises CudaFailed."""
+        sequence, offset = self.ring.next()
+        self._record[0], self._tag[0] = self._ring_pointer + offset, tag
+        self._told_pages[0], self._sequence[0] = pages, sequence
+        self._launch(source, destination, self._all)
+
+    def copy(self, source: Pages, destination: Pages, buffers: range) -> None:
+        """At most MOST_PAGES[-1] pages of these rows of the table, and nobody is told. Raises CudaFailed."""
+        self._record[0] = 0
+        self._launch(source, destination, buffers)
+
+    def _launch(self, source: Pages, destination: Pages, buffers: range) -> None:
         count = len(source)
         size = next(number for number, most in enumerate(MOST_PAGES) if count <= most)
         pages, most = self._pages[size], MOST_PAGES[size]
         pages[0] = count
         pages[1 : 1 + count] = source
         pages[1 + most : 1 + most + count] = destination
-        sequence, offset = self.ring.next()
-        self._record[0], self._tag[0], self._sequence[0] = self._ring_pointer + offset, tag, sequence
-        blocks = min(self._blocks, -(-count * self._warps_a_page // WARPS))
-        self._device.launch(self._kernels[size], blocks, THREADS, self._stream, self._arguments[size])
+        self._start[0] = self._memory + VECTOR_BYTES + buffers.start * self.table.rows.strides[0]
+        self._buffers[0] = len(buffers)
+        warps = count * len(buffers) * self._pieces
+        blocks = max(1, min(self._blocks, -(-warps // WARPS)))
+        self._device.launch(self._kernels[size], blocks, THREADS, self.stream, self._arguments[size])
 
     def close(self) -> None:
         """Once its stream is idle."""
-        self._device.destroy_stream(self._stream)
+        self._device.destroy_stream(self.stream)
         self._device.free(self._memory)
         self._device.unmap_host(self.ring.pointer)
 

@@ -3,7 +3,8 @@
     scheduler's thread          the courier's thread
     offer(room)            ──>
                            <──  Grant arrives: state is GRANTED
-    send(room, pages)      ──>  queued to the peer's writer: Chunk is said, the pages are written
+    ahead(room, pages)     ──>  where the route can: the GPU writes each layer once it is computed; nobody is told
+    send(room, pages)      ──>  queued to the peer's writer: Chunk is said, the pages are written, or confirmed
     send(room, …, aux)     ──>  … then Last is said
                            <──  Ack arrives: state is DONE
 
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -42,8 +44,16 @@ log = logging.getLogger(__name__)
 ACCEPT_AGAIN_S = 0.1
 MAX_STRANGERS = 64
 """Connections that have not proved yet that they hold the cluster's key. One more costs the oldest its place."""
-SLICE_BYTES = 64 << 20
-"""Written at once; in between, a hand-off that ended is noticed."""
+COMPUTED_POLL_S = 0.5e-3
+"""Between two looks at whether pages that were sent early are computed."""
+_NOT_AHEAD = -1
+
+
+class Mark(Protocol):
+    """A point in what the GPU computes."""
+
+    def reached(self) -> bool:
+        """From any thread. Once True, always."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,15 @@ class _Write:
     source: Pages
     first: int
     aux: list[bytes] | None
+    after: Mark | None
+
+
+@dataclass(frozen=True)
+class _WriteAhead:
+    room: int
+    source: Pages
+    first: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,10 @@ class _Outgoing:
         self.pages: Pages = np.empty(0, np.int32)
         self.prefix_tokens = 0
         self.queued_pages = 0
+        self.ahead: Pages = np.empty(0, np.int32)
+        """This side's page that was written ahead to each of `pages`."""
+        self.ahead_pages = 0
+        """Up to which."""
         self.sent_bytes = 0
         self.writing_s = 0.0
         self.reason = ""
@@ -90,7 +113,7 @@ class _Peer:
         self.connection = connection
         self.transport = transport
         self.route = route
-        self.jobs: asyncio.Queue[_Write | _Say] = asyncio.Queue()
+        self.jobs: asyncio.Queue[_Write | _WriteAhead | _Say] = asyncio.Queue()
 
 
 class Sender:
@@ -111,7 +134,6 @@ class Sender:
         self._transports = transports
         self._deadlines = deadlines
         self._clock = clock
-        self._slice_pages = max(1, SLICE_BYTES // pool.layout.bytes_per_page)
         self._lock = threading.Lock()
         self._rooms: dict[int, _Outgoing] = {}
         self._strangers: dict[Connection, None] = {}
@@ -148,11 +170,46 @@ class Sender:
             outgoing.released = False
             return True
 
-    def send(self, room: int, pages: Pages, aux: list[bytes] | None = None) -> None:
+    def ahead(self, room: int, first: int, pages: Pages, count: int) -> None:
+        """Lets these pages leave while they are computed, where the route can do that; else nothing happens.
+
+        Whoever calls this sends the same pages later. One that is another by then is written again: the cache may have
+        found that it held the same tokens already.
+
+        first  index of the first of them among the granted pages
+        count  what the layer count is when the forward pass begins that computes them
+        """
+        with self._lock:
+            outgoing = self._rooms.get(room)
+            if outgoing is None or outgoing.state not in (SenderState.GRANTED, SenderState.STREAMING):
+                return
+            assert outgoing.peer is not None, "a granted room has a peer"
+            start, end = max(first, outgoing.ahead_pages, outgoing.queued_pages), first + len(pages)
+            if outgoing.peer.route.ahead is None or not start < end <= len(outgoing.pages):
+                return
+            source = np.asarray(pages[start - first :], np.int32)
+            check_range(source, self._me.layout.pages)
+            outgoing.ahead[start:end] = source
+            outgoing.ahead_pages = end
+            self._courier.call(outgoing.peer.jobs.put_nowait, _WriteAhead(room, source, start, count))
+
+    def goes_ahead(self, room: int) -> bool:
+        """Whether `ahead` would do anything for this room now."""
+        with self._lock:
+            outgoing = self._rooms.get(room)
+            return (
+                outgoing is not None
+                and outgoing.state in (SenderState.GRANTED, SenderState.STREAMING)
+                and outgoing.peer is not None
+                and outgoing.peer.route.ahead is not None
+            )
+
+    def send(self, room: int, pages: Pages, aux: list[bytes] | None = None, after: Mark | None = None) -> None:
         """Queues these pages of the pool, next in the prompt's order; `aux` makes it the last chunk.
 
         pages  indices into this worker's pool
         aux    the request's row of each auxiliary buffer, or None
+        after  the pages are computed once this has been reached; None: they are now
         """
         with self._lock:
             outgoing = self._rooms.get(room)
@@ -162,7 +219,7 @@ class Sender:
                 wanted, found = len(outgoing.pages), outgoing.queued_pages + len(pages)
                 self._fail(room, outgoing, f"pages: wanted at most the {wanted} granted ones, found {found}")
                 return
-            write = _Write(room, np.asarray(pages, np.int32), outgoing.queued_pages, aux)
+            write = _Write(room, np.asarray(pages, np.int32), outgoing.queued_pages, aux, after)
             try:
                 check_range(write.source, self._me.layout.pages)
                 self._step(room, outgoing, Event.CHUNK if aux is None else Event.LAST)
@@ -338,6 +395,7 @@ class Sender:
         self._step(room, outgoing, Event.GRANTED, peer)
         if not ended:
             outgoing.peer, outgoing.pages, outgoing.prefix_tokens = peer, pages, grant.prefix_tokens
+            outgoing.ahead = np.full(len(pages), _NOT_AHEAD, np.int32)
             outgoing.deadline_s = self._clock() + self._deadlines.handoff_s
 
     def _stop(self, peer: _Peer, room: int, reason: str) -> None:
@@ -358,6 +416,8 @@ class Sender:
                     # All that is said so is that this side has stopped, or will not go on.
                     await peer.route.settled()
                     await peer.connection.send(job.message)
+                elif isinstance(job, _WriteAhead):
+                    await self._write_ahead(peer, job)
                 else:
                     await self._write_chunk(peer, job)
         except (PeerLost, RouteLost) as error:
@@ -366,30 +426,53 @@ class Sender:
             # Whatever ended it: a connection on which nobody writes is none.
             peer.connection.cut()
 
+    async def _write_ahead(self, peer: _Peer, write: _WriteAhead) -> None:
+        outgoing = self._rooms.get(write.room)
+        if outgoing is None or outgoing.state in TERMINAL:
+            return
+        assert peer.route.ahead is not None, "looked at before this was queued"
+        destination = outgoing.pages[write.first : write.first + len(write.source)]
+        await peer.route.ahead.write_ahead(write.source, destination, write.count)
+
     async def _write_chunk(self, peer: _Peer, write: _Write) -> None:
         outgoing = self._rooms.get(write.room)
+        while outgoing is not None and outgoing.state not in TERMINAL and write.after and not write.after.reached():
+            await asyncio.sleep(COMPUTED_POLL_S)
         if outgoing is None or outgoing.state in TERMINAL:
             return
         chunk: list[handoff.Message] = [handoff.Chunk(write.room, len(write.source))] if len(write.source) else []
         if chunk and peer.route.landing_is_polled:
             await peer.connection.send(*chunk)
             chunk = []
-        destination = outgoing.pages[write.first : write.first + len(write.source)]
-        for start in range(0, len(write.source), self._slice_pages):
-            if outgoing.state in TERMINAL:
-                return
-            end = start + self._slice_pages
-            source = write.source[start:end]
-            began_s = self._clock()
-            await peer.route.write(write.room, write.first + start, source, destination[start:end])
-            outgoing.writing_s += self._clock() - began_s
-            outgoing.sent_bytes += len(source) * self._me.layout.bytes_per_page
-        if outgoing.state in TERMINAL:
+        if not await self._write_pages(peer, outgoing, write):
             return
         if write.aux is not None:
             chunk.append(handoff.Last(write.room, write.first + len(write.source), write.aux, outgoing.writing_s))
         if chunk:
             await peer.connection.send(*chunk)
+
+    async def _write_pages(self, peer: _Peer, outgoing: _Outgoing, write: _Write) -> bool:
+        """In slices, those that were not written ahead; the others are confirmed. False: the room ended meanwhile."""
+        granted = slice(write.first, write.first + len(write.source))
+        source, destination = write.source, outgoing.pages[granted]
+        there = outgoing.ahead[granted] == source
+        confirmed = int(np.count_nonzero(there))
+        if confirmed:
+            source, destination = source[~there], destination[~there]
+        slice_pages = max(1, peer.route.slice_bytes // self._me.layout.bytes_per_page)
+        for start in range(0, len(source), slice_pages):
+            if outgoing.state in TERMINAL:
+                return False
+            end = start + slice_pages
+            began_s = self._clock()
+            await peer.route.write(write.room, write.first + start, source[start:end], destination[start:end])
+            outgoing.writing_s += self._clock() - began_s
+            outgoing.sent_bytes += len(source[start:end]) * self._me.layout.bytes_per_page
+        if confirmed:
+            assert peer.route.ahead is not None, "it has written them"
+            await peer.route.ahead.confirm(write.room, confirmed)
+            outgoing.sent_bytes += confirmed * self._me.layout.bytes_per_page
+        return outgoing.state not in TERMINAL
 
     def _lose(self, peer: _Peer, reason: str) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ from transfer.layout import PoolLayout
 from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
 from transfer.plan import Pages, check_lengths, check_range
 from transfer.pool import NotShared, Pool, SharedAddress
-from transfer.transport import Lanes, RouteLost, Unreachable, Wire
+from transfer.transport import SLICE_BYTES, Ahead, Lanes, RouteLost, Unreachable, Wire
 from transfer.undecodable import UNDECODABLE
 
 PIECE_BYTES = 8 << 20
@@ -85,6 +85,8 @@ class ShmRoute:
     """Prefill's end."""
 
     landing_is_polled = False
+    slice_bytes = SLICE_BYTES
+    ahead: Ahead | None = None
 
     def __init__(self, pool: Pool, mapped: Pool, leave: Leave) -> None:
         self._pool = pool

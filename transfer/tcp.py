@@ -28,7 +28,7 @@ import numpy.typing as npt
 from transfer.layout import PoolLayout
 from transfer.plan import Pages, check_lengths, check_range, runs
 from transfer.pool import Pool
-from transfer.transport import Lanes, RouteLost, Unreachable, Wire
+from transfer.transport import SLICE_BYTES, Ahead, Lanes, RouteLost, Unreachable, Wire
 
 TOKEN_BYTES = 16
 STRIPE_BYTES = 256 << 10
@@ -230,6 +230,8 @@ class TcpRoute:
     """Prefill's end."""
 
     landing_is_polled = False
+    slice_bytes = SLICE_BYTES
+    ahead: Ahead | None = None
 
     def __init__(self, pool: Pool, layout: PoolLayout, lanes: Sequence[socket.socket]) -> None:
         self._pool = pool

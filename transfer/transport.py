@@ -5,6 +5,8 @@
     describe     what that worker needs to reach the landing; travels over the authenticated connection
     connect      prefill: the Route to the landing that was described
     write        prefill: a list of pages, under a tag
+    write_ahead, confirm
+                 prefill, where the route can: pages that are still being computed; that they were
     settled      prefill: nothing that was begun is under way
     expect, coming, landed
                  decode: where a tag's pages go; that they are about to come; that all are there
@@ -29,6 +31,9 @@ from typing import Protocol
 
 from transfer.layout import PoolLayout
 from transfer.plan import Pages
+
+SLICE_BYTES = 64 << 20
+"""For a route that copies while `write` runs."""
 
 
 class Unreachable(Exception):
@@ -93,12 +98,37 @@ class Landing(Protocol):
         """Returns once nothing of this peer can land at all, whatever the peer does. All its tags are over then."""
 
 
+class Ahead(Protocol):
+    """What a route can do besides, if its pool's layers are known to it: pages leave while they are still computed."""
+
+    async def write_ahead(self, source: Pages, destination: Pages, count: int) -> None:
+        """Writes pages of this side's pool, each layer as soon as it has been computed. Returns at once.
+
+        source       indices into this side's pool
+        destination  indices into the peer's pool, as many
+        count        what the layer count (transfer/layer_count.py) is when the forward pass begins that computes them
+
+        Nobody is told that they are there. Raises RouteLost.
+        """
+
+    async def confirm(self, tag: int, pages: int) -> None:
+        """Counts as a write, under the tag, of so many pages that were written ahead. Raises RouteLost."""
+
+
 class Route(Protocol):
     """Prefill's end: the way into one decode worker's pool. One write at a time."""
 
     @property
     def landing_is_polled(self) -> bool:
         """Whether decode has to be told before a write that it is coming (`Landing.coming`); else behind it will do."""
+
+    @property
+    def slice_bytes(self) -> int:
+        """What should be written at once: in between, a hand-off that ended is noticed."""
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """None where pages are written once they are computed, and not before."""
 
     async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
         """Writes pages of this side's pool. Returns when they are in place, or sent, or somebody was told to send them.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from transfer.memory import REACHING, Memory
 from transfer.pool import Pool, SharedAddress
 from transfer.shm import ShmTransport
 from transfer.tcp import TcpTransport
 from transfer.transport import Transport
+
+if TYPE_CHECKING:
+    from transfer.nvlink import Layers
 
 NAMES = ("nvlink", "shm", "tcp", "nixl")
 
@@ -22,6 +26,7 @@ def make(
     nixl_devices: tuple[str, ...],
     stall_s: float,
     memory: Memory = "DRAM",
+    layers: Layers | None = None,
 ) -> list[Transport]:
     """One of each, over this pool, in this order.
 
@@ -30,6 +35,7 @@ def make(
     nixl_devices  network devices that UCX may use and listen on
     stall_s       a peer that takes or sends nothing for so long, in the middle of pages, is lost
     memory        where the pool lies: VRAM is a GPU's
+    layers        given where pages may leave before all layers are computed; nvlink's alone do
 
     Raises ValueError for another name, and for one that does not reach this memory; Unreachable for a transport whose
     library is missing.
@@ -48,7 +54,7 @@ def make(
                 # CUDA's bindings, and a driver: only where there is a GPU.
                 from transfer.nvlink import NvlinkTransport
 
-                made.append(NvlinkTransport(pool))
+                made.append(NvlinkTransport(pool, layers=layers))
             case "nixl":
                 # UCX is 230 MB of libraries: not loaded by those that do not use it.
                 from transfer.nixl import NixlTransport

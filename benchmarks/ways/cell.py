@@ -30,7 +30,7 @@ class Cell:
     """Whether the pages of a request lie anywhere in both pools, or one behind the other."""
 
     def __str__(self) -> str:
-        return f"{self.pages} x {_short(self.page_bytes)}{'' if self.order == 'random' else ' ' + self.order}"
+        return f"{self.pages} x {short(self.page_bytes)}{'' if self.order == 'random' else ' ' + self.order}"
 
     @property
     def moved_bytes(self) -> int:
@@ -52,7 +52,7 @@ class Cell:
         chooser = np.random.default_rng((seed, repetition))
         pool_pages = self.layout.pages
         if self.order == "random":
-            return _permuted(chooser, pool_pages)[: self.pages], _permuted(chooser, pool_pages)[: self.pages]
+            return permuted(chooser, pool_pages)[: self.pages], permuted(chooser, pool_pages)[: self.pages]
         first_source, first_destination = chooser.integers(0, pool_pages - self.pages, 2)
         neighbours = np.arange(self.pages, dtype=np.int32)
         return neighbours + np.int32(first_source), neighbours + np.int32(first_destination)
@@ -60,12 +60,12 @@ class Cell:
     def everywhere(self) -> tuple[Pages, Pages]:
         """Every page of either pool, to warm up with."""
         chooser = np.random.default_rng(0)
-        return _permuted(chooser, self.layout.pages), _permuted(chooser, self.layout.pages)
+        return permuted(chooser, self.layout.pages), permuted(chooser, self.layout.pages)
 
 
-def _permuted(chooser: np.random.Generator, count: int) -> Pages:
+def permuted(chooser: np.random.Generator, count: int) -> Pages:
     return chooser.permutation(count).astype(np.int32)
 
 
-def _short(size_bytes: int) -> str:
+def short(size_bytes: int) -> str:
     return f"{size_bytes >> 20} MiB" if size_bytes >= 1 << 20 else f"{size_bytes >> 10} KiB"

@@ -34,6 +34,12 @@ class PrefillEnd(Protocol):
     def close(self) -> None: ...
 
 
+class PrefillEnds(Protocol):
+    """The ways, as the prefill process knows them."""
+
+    def end(self, way: str, cell: Any, lanes: int, description: Any) -> PrefillEnd: ...
+
+
 class DecodeEnd(Protocol):
     pool: Pool
     """Where pages are when a hand-off is done."""

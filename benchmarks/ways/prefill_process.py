@@ -10,16 +10,13 @@ import contextlib
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.ways.cell import Cell
-from benchmarks.ways.ends import WAIT_S, HandOffFailed
-from benchmarks.ways.memory import Bytes, pattern
-from benchmarks.ways.registry import prefill_end
+from benchmarks.ways.ends import WAIT_S, HandOffFailed, PrefillEnds
 
 _END_S = 5.0
 
@@ -29,7 +26,8 @@ class Open:
     """One way and cell, until Close."""
 
     way: str
-    cell: Cell
+    cell: Any
+    """How many pages of which size: a Cell, or a GpuCell."""
     lanes: int
     seed: int
     description: Any
@@ -89,11 +87,11 @@ class PrefillProcess:
 
 
 @contextmanager
-def running_prefill(memory_bytes: int) -> Iterator[PrefillProcess]:
-    """A process with a pool of this size, gone afterwards whatever happens."""
+def running_prefill(make_ends: Callable[[int], PrefillEnds], argument: int) -> Iterator[PrefillProcess]:
+    """A process that makes its ends from this argument, gone afterwards whatever happens."""
     spawning = multiprocessing.get_context("spawn")
     here, there = spawning.Pipe()
-    process = spawning.Process(target=_serve, args=(there, memory_bytes), name="prefill", daemon=True)
+    process = spawning.Process(target=_serve, args=(there, make_ends, argument), name="prefill", daemon=True)
     process.start()
     there.close()
     try:
@@ -106,20 +104,20 @@ def running_prefill(memory_bytes: int) -> Iterator[PrefillProcess]:
             process.join()
 
 
-def _serve(connection: Connection, memory_bytes: int) -> None:
+def _serve(connection: Connection, make_ends: Callable[[int], PrefillEnds], argument: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The pipe ends first, and then this process.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    memory = pattern(memory_bytes)
+    ends = make_ends(argument)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            _measure(connection, connection.recv(), memory)
+            _measure(connection, connection.recv(), ends)
 
 
-def _measure(connection: Connection, request: Open, memory: Bytes) -> None:
+def _measure(connection: Connection, request: Open, ends: PrefillEnds) -> None:
     """One way and cell. Raises EOFError or BrokenPipeError when the decode process is done, or gone."""
     cell = request.cell
     chosen = [cell.choose(request.seed, number) for number in range(cell.repetitions)]
-    end = prefill_end(request.way, cell, memory, request.lanes, request.description)
+    end = ends.end(request.way, cell, request.lanes, request.description)
     began_s: list[float] = []
     cpu_before_s = 0.0
     try:

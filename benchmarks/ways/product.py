@@ -16,16 +16,18 @@ import numpy as np
 
 from benchmarks.ways.cell import AUX, Cell
 from benchmarks.ways.ends import WAIT_S, HandOffFailed
-from benchmarks.ways.memory import Bytes, DecodeMemory, over
+from benchmarks.ways.memory import DecodeMemory, over
 from transfer.auth import ClusterKey
 from transfer.deadlines import Deadlines
 from transfer.ended import Ended
 from transfer.layout import PoolLayout
+from transfer.memory import Memory
 from transfer.plan import Pages
 from transfer.pool import Pool, SharedAddress
 from transfer.receiver import Receiver
 from transfer.sender import Sender
 from transfer.session import ReceiverState, SenderState
+from transfer.transport import Transport
 from transfer.transports import make
 
 KEY = ClusterKey(bytes(range(32)))
@@ -35,10 +37,8 @@ DEADLINES = Deadlines()
 _LOOK_S = 50e-6
 
 
-def make_sender(transport: str, pool: Pool, lanes: int) -> Sender:
-    transports = make(
-        (transport,), pool, shared=None, tcp_lanes=lanes, nixl_devices=DEVICES, stall_s=DEADLINES.silence_s
-    )
+def make_sender(transport: str, pool: Pool, lanes: int, memory: Memory = "DRAM") -> Sender:
+    transports = _transports(transport, pool, None, lanes, memory)
     return Sender(pool, KEY, worker="prefill-0", epoch=1, transports=transports, deadlines=DEADLINES)
 
 
@@ -48,20 +48,33 @@ def make_receiver(
     shared: SharedAddress | None,
     lanes: int,
     on_end: Callable[[Ended], None] | None = None,
+    memory: Memory = "DRAM",
 ) -> Receiver:
     """It has one auxiliary row, number 0."""
-    transports = make(
-        (transport,), pool, shared=shared, tcp_lanes=lanes, nixl_devices=DEVICES, stall_s=DEADLINES.silence_s
-    )
+    transports = _transports(transport, pool, shared, lanes, memory)
     aux = Pool.zeros(PoolLayout("", "", 1, pool.layout.aux_row_bytes, (), 1))
     return Receiver(
         pool, aux, KEY, worker="decode-0", epoch=1, transports=transports, deadlines=DEADLINES, on_end=on_end
     )
 
 
+def _transports(
+    transport: str, pool: Pool, shared: SharedAddress | None, lanes: int, memory: Memory
+) -> list[Transport]:
+    return make(
+        (transport,),
+        pool,
+        shared=shared,
+        tcp_lanes=lanes,
+        nixl_devices=DEVICES,
+        stall_s=DEADLINES.silence_s,
+        memory=memory,
+    )
+
+
 class ProductPrefill:
-    def __init__(self, transport: str, cell: Cell, memory: Bytes, lanes: int) -> None:
-        self._sender = make_sender(transport, over(memory, cell), lanes)
+    def __init__(self, transport: str, pool: Pool, lanes: int, memory: Memory = "DRAM") -> None:
+        self._sender = make_sender(transport, pool, lanes, memory)
         self._port = self._sender.listen(HOST, 0)
 
     def describe(self) -> int:
@@ -84,13 +97,15 @@ class ProductPrefill:
 
 
 class ProductDecode:
-    def __init__(self, transport: str, cell: Cell, memory: Bytes, shared: SharedAddress | None, lanes: int) -> None:
-        self.pool = over(memory, cell)
+    def __init__(
+        self, transport: str, pool: Pool, shared: SharedAddress | None, lanes: int, memory: Memory = "DRAM"
+    ) -> None:
+        self.pool = pool
         self._ended: Ended | None = None
         self._ended_s = 0.0
         self._over = threading.Event()
         self._port = 0
-        self._receiver = make_receiver(transport, self.pool, shared, lanes, self._end)
+        self._receiver = make_receiver(transport, pool, shared, lanes, self._end, memory)
 
     def describe(self) -> None:
         return None
@@ -133,7 +148,7 @@ class StagedDecode:
 
     def __init__(self, cell: Cell, memory: DecodeMemory) -> None:
         self.pool = over(memory.private, cell)
-        self._inner = ProductDecode("shm", cell, memory.shared, memory.address, lanes=1)
+        self._inner = ProductDecode("shm", over(memory.shared, cell), memory.address, lanes=1)
         self._destination: Pages = np.empty(0, np.int32)
 
     def describe(self) -> None:

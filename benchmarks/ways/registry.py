@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.ways import nixl_raw
 from benchmarks.ways.cell import Cell
 from benchmarks.ways.ends import DecodeEnd, PrefillEnd
-from benchmarks.ways.memory import Bytes, DecodeMemory
+from benchmarks.ways.memory import DecodeMemory, over, pattern
 from benchmarks.ways.product import ProductDecode, ProductPrefill, StagedDecode
 from benchmarks.ways.sockets import SocketsDecode, SocketsPrefill
 
@@ -29,25 +29,31 @@ def missing(way: str) -> str | None:
     return None
 
 
-def prefill_end(way: str, cell: Cell, memory: Bytes, lanes: int, description: Any) -> PrefillEnd:
-    """description: what decode's end said of itself"""
-    match way:
-        case "shm" | "tcp" | "nixl":
-            return ProductPrefill(way, cell, memory, lanes)
-        case "shm-staged":
-            return ProductPrefill("shm", cell, memory, lanes)
-        case "sockets":
-            return SocketsPrefill(cell, memory, description)
-        case "nixl-raw":
-            return nixl_raw.NixlRawPrefill(cell, memory, description)
-        case _:
-            raise ValueError(f"way: wanted one of {', '.join(WAYS)}, found {way}")
+class PrefillWays:
+    """Prefill's ends, over memory of this size. Made in the prefill process."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._memory = pattern(memory_bytes)
+
+    def end(self, way: str, cell: Cell, lanes: int, description: Any) -> PrefillEnd:
+        """description: what decode's end said of itself"""
+        match way:
+            case "shm" | "tcp" | "nixl":
+                return ProductPrefill(way, over(self._memory, cell), lanes)
+            case "shm-staged":
+                return ProductPrefill("shm", over(self._memory, cell), lanes)
+            case "sockets":
+                return SocketsPrefill(cell, self._memory, description)
+            case "nixl-raw":
+                return nixl_raw.NixlRawPrefill(cell, self._memory, description)
+            case _:
+                raise ValueError(f"way: wanted one of {', '.join(WAYS)}, found {way}")
 
 
 def decode_end(way: str, cell: Cell, memory: DecodeMemory, lanes: int) -> DecodeEnd:
     match way:
         case "shm" | "tcp" | "nixl":
-            return ProductDecode(way, cell, memory.shared, memory.address if way == "shm" else None, lanes)
+            return ProductDecode(way, over(memory.shared, cell), memory.address if way == "shm" else None, lanes)
         case "shm-staged":
             return StagedDecode(cell, memory)
         case "sockets":

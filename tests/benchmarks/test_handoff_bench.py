@@ -14,7 +14,7 @@ from benchmarks.ways import cell as cells
 from benchmarks.ways.cell import Cell
 from benchmarks.ways.memory import DecodeMemory, WrongByte, compare, over, wipe
 from benchmarks.ways.prefill_process import Open, running_prefill
-from benchmarks.ways.registry import missing
+from benchmarks.ways.registry import PrefillWays, missing
 
 SMALL = Cell(3, 16384)
 WAYS = ["shm", "shm-staged", "tcp", "sockets"]
@@ -48,7 +48,7 @@ def test_a_byte_that_is_not_the_sent_one_ends_the_benchmark(way: str) -> None:
     memory = DecodeMemory(size_bytes)
     source, _ = SMALL.choose(1, 0)
     memory.source[int(source[-1]) * SMALL.page_bytes + 100] ^= 1  # Decode now wants another byte than prefill holds.
-    with running_prefill(size_bytes) as prefill, pytest.raises(WrongByte, match=f"page {source[-1]}"):
+    with running_prefill(PrefillWays, size_bytes) as prefill, pytest.raises(WrongByte, match=f"page {source[-1]}"):
         measure_way(Open(way, SMALL, 1, 1, None), memory, prefill)
 
 

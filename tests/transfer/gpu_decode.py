@@ -8,8 +8,8 @@ import sys
 import time
 from typing import Any
 
-from tests.transfer.gpu_memory import GpuMemory
 from transfer.cuda import Device
+from transfer.gpu_memory import GpuMemory
 from transfer.layout import PoolLayout
 from transfer.nvlink import NvlinkTransport
 

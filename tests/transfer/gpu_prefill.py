@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.transfer.gpu_memory import GpuMemory
 from transfer.cuda import Device
+from transfer.gpu_memory import GpuMemory
 from transfer.layout import PoolLayout
 from transfer.nvlink import NvlinkTransport
 from transfer.transport import RouteLost, Unreachable

@@ -21,6 +21,7 @@ import pytest
 from transfer import handoff
 from transfer.auth import ClusterKey
 from transfer.deadlines import Deadlines
+from transfer.eager import EagerTransport
 from transfer.ended import Ended
 from transfer.held import HeldTransport
 from transfer.layout import PoolLayout
@@ -71,11 +72,13 @@ class Pair:
         layout: PoolLayout = LAYOUT,
         deadlines: Deadlines = QUICK,
         sharing: bool = True,
+        eager: bool = False,
     ) -> None:
         self.source = filled(1)
         self.writers = [HeldTransport(one) for one in made(transports, self.source, None)]
+        self.eager = [EagerTransport(one) for one in self.writers] if eager else []
         self.sender = Sender(
-            self.source, KEY, worker="prefill-0", epoch=1, transports=self.writers, deadlines=deadlines
+            self.source, KEY, worker="prefill-0", epoch=1, transports=self.eager or self.writers, deadlines=deadlines
         )
         self.port = self.sender.listen("127.0.0.1", 0)
         self.destination, address = SharedArena().pool(layout)
@@ -582,6 +585,7 @@ import numpy as np
 sys.path.insert(0, {root!r})
 from transfer.auth import ClusterKey
 from transfer.deadlines import Deadlines
+from transfer.eager import EagerTransport
 from transfer.held import HeldTransport
 from transfer.layout import PoolLayout
 from transfer.pool import Pool

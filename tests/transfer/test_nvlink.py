@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.transfer.gpu_memory import GpuMemory
 from transfer.cuda import CudaFailed, Device
+from transfer.gpu_memory import GpuMemory
+from transfer.layer_count import LayerCount
 from transfer.layout import PoolLayout
-from transfer.nvlink import NvlinkLanding, NvlinkRoute, NvlinkTransport
+from transfer.nvlink import Layers, NvlinkLanding, NvlinkRoute, NvlinkTransport
 from transfer.plan import Pages
 from transfer.transport import RouteLost, Unreachable
 
@@ -76,11 +78,14 @@ class NoWire:
 class Ends:
     """Both ends in this process: CUDA maps nothing then, all the rest is as it is."""
 
-    def __init__(self, device: Device, source: PoolLayout, destination: PoolLayout) -> None:
+    def __init__(
+        self, device: Device, source: PoolLayout, destination: PoolLayout, layers: Layers | None = None
+    ) -> None:
         self.source, self.destination = GpuMemory(device, source), GpuMemory(device, destination)
         self.source.pattern()
         self.destination.fill(CANARY)
-        self.writer, self.reader = NvlinkTransport(self.source.pool), NvlinkTransport(self.destination.pool)
+        self.writer = NvlinkTransport(self.source.pool, layers=layers)
+        self.reader = NvlinkTransport(self.destination.pool)
 
     async def join(self) -> tuple[NvlinkLanding, NvlinkRoute]:
         landing = await self.reader.land(NoWire())
@@ -97,9 +102,9 @@ class Ends:
 
 @asynccontextmanager
 async def joined(
-    device: Device, page_bytes: tuple[int, ...], pages: int, more: int = 5
+    device: Device, page_bytes: tuple[int, ...], pages: int, more: int = 5, layers: Layers | None = None
 ) -> AsyncIterator[tuple[Ends, NvlinkLanding, NvlinkRoute]]:
-    ends = Ends(device, layout(page_bytes, pages), layout(page_bytes, pages + more))
+    ends = Ends(device, layout(page_bytes, pages), layout(page_bytes, pages + more), layers)
     landing, route = await ends.join()
     try:
         yield ends, landing, route
@@ -242,6 +247,99 @@ def test_memory_that_is_no_gpus_is_refused() -> None:
 
     with pytest.raises(Unreachable, match=r"^nvlink: cuPointerGetAttribute"):
         NvlinkTransport(Pool.zeros(layout((4096,), 8)))
+
+
+LAYERED = ((128 << 10,) * 8, ((0, 4), (1, 5), (2, 6)))
+"""K of three layers and of a draft's, then V of the same: the draft's are no layer's."""
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(1e-3)
+
+
+@pytest.mark.parametrize("base", [0, 300, (1 << 32) - 2], ids=["first", "later", "wraps"])
+def test_a_layer_leaves_once_it_is_computed_and_not_before(device: Device, base: int) -> None:
+    async def work() -> None:
+        page_bytes, buffers = LAYERED
+        count, computing = LayerCount(device), device.stream()
+        count.tell(computing, base)
+        device.synchronize(computing)
+        async with joined(device, page_bytes, 200, layers=Layers(count, buffers)) as (ends, landing, route):
+            source, destination = some(150, 200, 1), some(150, 205, 2)
+            landing.expect(5, destination)
+            assert route.ahead is not None
+            await route.ahead.write_ahead(source, destination, base)
+
+            def there() -> list[int]:
+                pairs = zip(ends.source.read(), ends.destination.read(), strict=True)
+                return [
+                    number for number, (mine, theirs) in enumerate(pairs) if (mine[source] == theirs[destination]).all()
+                ]
+
+            assert not count.reached(base + 1)
+            await asyncio.sleep(0.05)
+            assert there() == []
+            for layer, buffers_there in enumerate(([0, 4], [0, 1, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7]), start=1):
+                settling = asyncio.create_task(route.settled())
+                count.tell(computing, base + layer)
+                await until(functools.partial(lambda expected: there() == expected, buffers_there))
+                await asyncio.sleep(0.02)
+                assert settling.done() == (layer == 3)
+                await settling if layer == 3 else settling.cancel()
+            assert not landing.in_place(5), "nobody was told"
+            await route.ahead.confirm(5, 150)
+            await landing.landed(5)
+            ends.check(source, destination)
+
+    run(work())
+
+
+def test_a_page_that_is_written_again_after_it_went_ahead_is_the_later_one(device: Device) -> None:
+    async def work() -> None:
+        page_bytes, buffers = LAYERED
+        count, computing = LayerCount(device), device.stream()
+        async with joined(device, page_bytes, 200, layers=Layers(count, buffers)) as (ends, landing, route):
+            guessed, source, destination = some(150, 200, 1), some(150, 200, 3), some(150, 205, 2)
+            landing.expect(5, destination)
+            assert route.ahead is not None
+            await route.ahead.write_ahead(guessed, destination, 0)
+            await route.write(5, 0, source[:70], destination[:70])
+            await route.write(5, 70, source[70:], destination[70:])
+            await asyncio.sleep(0.05)
+            assert not landing.in_place(5)
+            count.tell(computing, 3)
+            await landing.landed(5)
+            ends.check(source, destination)
+
+    run(work())
+
+
+def test_small_layers_leave_together(device: Device) -> None:
+    async def work() -> None:
+        count, computing = LayerCount(device), device.stream()
+        layers = Layers(count, tuple((layer, 32 + layer) for layer in range(32)))
+        async with joined(device, (4096,) * 64, 500, layers=layers) as (ends, landing, route):
+            for tag, pages in enumerate((1, 7, 130, 480)):
+                source, destination = some(pages, 500, 2 * tag), some(pages, 505, 2 * tag + 1)
+                ends.destination.fill(CANARY)
+                landing.expect(tag, destination)
+                assert route.ahead is not None
+                await route.ahead.write_ahead(source, destination, 32 * tag)
+                count.tell(computing, 32 * (tag + 1))
+                await route.ahead.confirm(tag, pages)
+                await landing.landed(tag)
+                ends.check(source, destination)
+
+    run(work())
+
+
+def test_a_route_whose_layers_are_not_known_writes_what_is_computed(device: Device) -> None:
+    async def work() -> None:
+        async with joined(device, (4096,), 8) as (_, _landing, route):
+            assert route.ahead is None
+
+    run(work())
 
 
 class Prefill:

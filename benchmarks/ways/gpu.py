@@ -1,0 +1,367 @@
+"""The ways between pools of GPUs. Prefill's is the first GPU, decode's the second, or the same one where there is one.
+
+copy-engine   cuMemcpyAsync of one run of pages a buffer: what the link does, and the baseline of all others
+copy-batch    cuMemcpyBatchAsync, an entry for each page of each buffer, wherever it lies: the copy engines, scattered
+nvlink        the transport alone: both ends look without a pause
+product       the whole hand-off over it: transfer.sender, transfer.receiver, and their threads
+nixl          the product over NIXL, as it is configured for GPUs
+nixl-raw      NIXL by hand with CUDA IPC and its default error handling, both sides spinning; +peer: with the other
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.ways import nixl_raw
+from benchmarks.ways.cell import AUX, Order, permuted, short
+from benchmarks.ways.ends import WAIT_S, DecodeEnd, HandOffFailed, PrefillEnd
+from benchmarks.ways.memory import WrongByte
+from benchmarks.ways.product import ProductDecode, ProductPrefill
+from transfer.cuda import CudaFailed, Device
+from transfer.gpu_memory import GpuMemory
+from transfer.landed_ring import SIZE_BYTES, RingAddress, RingReader, RingWriter
+from transfer.layout import PoolLayout
+from transfer.nvlink import NvlinkTransport
+from transfer.plan import Pages
+
+WAYS = ("copy-engine", "copy-batch", "nvlink", "product", "nixl", "nixl-raw", "nixl-raw+peer")
+BASELINE = "copy-engine"
+BUFFERS = 64
+"""K and V of 32 layers: Llama-3.1-8B."""
+CHECKED_ROWS = 64
+_SEQUENCE_AT = 16
+"""Of a record in the ring, in bytes."""
+_RAW_ENVIRONMENT = {"UCX_TLS": "cuda_ipc,cuda_copy,sm,tcp", "NIXL_LOG_LEVEL": "WARN"}
+
+
+@dataclass(frozen=True)
+class GpuCell:
+    pages: int
+    page_bytes: int
+    """Of one buffer."""
+    order: Order = "random"
+    buffers: int = BUFFERS
+
+    def __str__(self) -> str:
+        order = "" if self.order == "random" else f" {self.order}"
+        return f"{self.pages * self.buffers} rows x {short(self.page_bytes)}{order}"
+
+    @property
+    def moved_bytes(self) -> int:
+        return self.pages * self.page_bytes * self.buffers
+
+    @property
+    def layout(self) -> PoolLayout:
+        rows = tuple(len(row) for row in AUX)
+        return PoolLayout("benchmark", "uint8", 1, (self.page_bytes,) * self.buffers, rows, max(128, 2 * self.pages))
+
+    @property
+    def repetitions(self) -> int:
+        return max(30, min(200, (16 << 30) // self.moved_bytes))
+
+    def choose(self, seed: int, repetition: int) -> tuple[Pages, Pages]:
+        """The source and the destination pages: the same in every process."""
+        chooser = np.random.default_rng((seed, repetition))
+        pool_pages = self.layout.pages
+        if self.order == "random":
+            return permuted(chooser, pool_pages)[: self.pages], permuted(chooser, pool_pages)[: self.pages]
+        first_source, first_destination = chooser.integers(0, pool_pages - self.pages, 2)
+        neighbours = np.arange(self.pages, dtype=np.int32)
+        return neighbours + np.int32(first_source), neighbours + np.int32(first_destination)
+
+    def everywhere(self) -> tuple[Pages, Pages]:
+        """As many pages as are timed, to warm up with."""
+        return self.choose(0, 0)
+
+
+def devices() -> tuple[int, int]:
+    """Prefill's and decode's. Raises CudaFailed where there is none."""
+    Device(0)
+    try:
+        Device(1)
+    except CudaFailed:
+        return 0, 0
+    return 0, 1
+
+
+def missing(way: str) -> str | None:
+    """Why this way cannot be measured here; None where it can."""
+    if way.startswith("nixl") and nixl_raw.package() is None:
+        return f"wanted one of {', '.join(nixl_raw.PACKAGES)} installed"
+    return None
+
+
+class GpuPrefillWays:
+    """Prefill's ends. Made in the prefill process."""
+
+    def __init__(self, device: int) -> None:
+        self._device = Device(device)
+        self._memory: tuple[GpuCell, GpuMemory] | None = None
+
+    def end(self, way: str, cell: GpuCell, lanes: int, description: Any) -> PrefillEnd:
+        memory = self._pool(cell)
+        match way:
+            case "copy-engine" | "copy-batch":
+                return _CopyPrefill(self._device, memory, description, batch=way == "copy-batch")
+            case "nvlink":
+                return _RoutePrefill(memory, description)
+            case "product" | "nixl":
+                return ProductPrefill("nvlink" if way == "product" else "nixl", memory.pool, lanes, "VRAM")
+            case "nixl-raw" | "nixl-raw+peer":
+                return _NixlPrefill(memory, description, peer=way.endswith("+peer"))
+            case _:
+                raise ValueError(f"way: wanted one of {', '.join(WAYS)}, found {way}")
+
+    def _pool(self, cell: GpuCell) -> GpuMemory:
+        if self._memory is None or self._memory[0] != cell:
+            if self._memory is not None:
+                self._memory[1].free()
+            self._memory = (cell, GpuMemory(self._device, cell.layout))
+            self._memory[1].pattern()
+        return self._memory[1]
+
+
+def decode_end(way: str, memory: GpuMemory, lanes: int) -> DecodeEnd:
+    match way:
+        case "copy-engine" | "copy-batch":
+            return _CopyDecode(memory)
+        case "nvlink":
+            return _LandingDecode(memory)
+        case "product" | "nixl":
+            return ProductDecode("nvlink" if way == "product" else "nixl", memory.pool, None, lanes, "VRAM")
+        case "nixl-raw" | "nixl-raw+peer":
+            return _NixlDecode(memory, peer=way.endswith("+peer"))
+        case _:
+            raise ValueError(f"way: wanted one of {', '.join(WAYS)}, found {way}")
+
+
+def compare(memory: GpuMemory, destination: Pages, source: Pages, seed: int) -> None:
+    """Some rows of those that landed. Raises WrongByte."""
+    chooser = np.random.default_rng(seed)
+    for _ in range(CHECKED_ROWS):
+        buffer, which = int(chooser.integers(len(memory.layout.page_bytes))), int(chooser.integers(len(source)))
+        landed = memory.page(buffer, int(destination[which]))
+        if not np.array_equal(landed, memory.expected(buffer, int(source[which]))):
+            raise WrongByte(f"buffer {buffer}, page {destination[which]}: wanted the bytes of page {source[which]}")
+
+
+class _CopyPrefill:
+    """Tells by a write of the stream's, behind its copies, that they are done."""
+
+    def __init__(self, device: Device, memory: GpuMemory, description: Any, *, batch: bool) -> None:
+        handles, ring = description
+        self._device = device
+        self._memory = memory
+        self._batch = batch
+        self._there = [device.open(handle) for handle in handles]
+        self._ring = RingWriter(ring)
+        self._ring_pointer = device.map_host(self._ring.pointer, SIZE_BYTES)
+        self._stream = device.stream()
+
+    def describe(self) -> None:
+        return None
+
+    def send(self, room: int, source: Pages, destination: Pages) -> float:
+        began_s = time.monotonic()
+        pairs = [(0, 0, len(source))]
+        if self._batch:
+            pairs = [(int(here), int(there), 1) for here, there in zip(source, destination, strict=True)]
+        copies = [
+            (mine + here * size, theirs + there * size, count * size)
+            for mine, theirs, size in zip(
+                self._memory.pointers, self._there, self._memory.layout.page_bytes, strict=True
+            )
+            for here, there, count in pairs
+        ]
+        self._device.copy(self._stream, copies)
+        sequence, offset = self._ring.next()
+        self._device.write_word(self._stream, self._ring_pointer + offset + _SEQUENCE_AT, sequence)
+        return began_s
+
+    def close(self) -> None:
+        self._device.synchronize(self._stream)
+        self._device.unmap_host(self._ring.pointer)
+        for pointer in self._there:
+            self._device.close(pointer)
+
+
+class _CopyDecode:
+    def __init__(self, memory: GpuMemory) -> None:
+        self.pool = memory.pool
+        self._handles = memory.handles()
+        self._ring = RingReader()
+
+    def describe(self) -> tuple[list[bytes], RingAddress]:
+        return self._handles, self._ring.address
+
+    def join(self, answer: None) -> None:
+        pass
+
+    def expect(self, room: int, destination: Pages) -> None:
+        pass
+
+    def wait(self, room: int) -> float:
+        deadline_s = time.monotonic() + WAIT_S
+        while not self._ring.take():
+            if time.monotonic() > deadline_s:
+                raise HandOffFailed(f"not over after {WAIT_S:g} s")
+        return time.monotonic()
+
+    def close(self) -> None:
+        self._ring.close()
+
+
+class _Alone:
+    """What a transport may ask for, where there is no hand-off connection."""
+
+    async def dial(self, token: bytes) -> Any:
+        raise AssertionError("nvlink wants no more connections")
+
+    def broken(self, reason: str) -> None:
+        raise HandOffFailed(reason)
+
+    def take(self, token: bytes) -> list[Any]:
+        return []
+
+
+class _RoutePrefill:
+    def __init__(self, memory: GpuMemory, description: bytes) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._route = self._loop.run_until_complete(
+            NvlinkTransport(memory.pool).connect(description, memory.layout, _Alone())
+        )
+
+    def describe(self) -> None:
+        return None
+
+    def send(self, room: int, source: Pages, destination: Pages) -> float:
+        began_s = time.monotonic()
+        self._loop.run_until_complete(self._route.write(room, 0, source, destination))
+        return began_s
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._route.disconnect())
+        self._loop.close()
+
+
+class _LandingDecode:
+    def __init__(self, memory: GpuMemory) -> None:
+        self.pool = memory.pool
+        self._landing = asyncio.run(NvlinkTransport(memory.pool).land(_Alone()))
+
+    def describe(self) -> bytes:
+        return self._landing.describe()
+
+    def join(self, answer: None) -> None:
+        pass
+
+    def expect(self, room: int, destination: Pages) -> None:
+        self._landing.expect(room, destination)
+
+    def wait(self, room: int) -> float:
+        deadline_s = time.monotonic() + WAIT_S
+        while not self._landing.in_place(room):
+            if time.monotonic() > deadline_s:
+                raise HandOffFailed(f"not over after {WAIT_S:g} s")
+        return time.monotonic()
+
+    def close(self) -> None:
+        asyncio.run(self._landing.disconnect())
+
+
+def _agent(memory: GpuMemory, *, peer: bool) -> tuple[Any, bytes]:
+    """A NIXL agent without a thread of its own. peer: with the error handling that notices a dead peer."""
+    name = nixl_raw.package()
+    assert name is not None, "only measured where it is installed"
+    for variable in ("UCX_NET_DEVICES", "UCX_TLS"):
+        os.environ.pop(variable, None)
+    os.environ.update(_RAW_ENVIRONMENT)
+    api = importlib.import_module(f"{name}._api")
+    agent = api.nixl_agent(secrets.token_hex(8), api.nixl_agent_config(enable_prog_thread=False, backends=[]))
+    agent.create_backend("UCX", {"ucx_error_handling_mode": "peer" if peer else "none"})
+    device = memory.device_number
+    sizes = [memory.layout.pages * size for size in memory.layout.page_bytes]
+    agent.register_memory(
+        [(pointer, size, device, "") for pointer, size in zip(memory.pointers, sizes, strict=True)], "VRAM"
+    )
+    return agent, agent.get_agent_metadata()
+
+
+def _rows(pointers: list[int], layout: PoolLayout, device: int) -> npt.NDArray[np.uint64]:
+    """(address, bytes, device) of every page of every buffer, shape (buffers * pages, 3)."""
+    size = layout.page_bytes[0]
+    starts = np.array(pointers, np.uint64)[:, None] + np.arange(layout.pages, dtype=np.uint64)[None, :] * np.uint64(
+        size
+    )
+    rows = np.empty((starts.size, 3), np.uint64)
+    rows[:, 0], rows[:, 1], rows[:, 2] = starts.ravel(), size, device
+    return rows
+
+
+class _NixlPrefill:
+    def __init__(self, memory: GpuMemory, description: Any, *, peer: bool) -> None:
+        metadata, pointers, device = description
+        self._layout = memory.layout
+        self._agent, self._metadata = _agent(memory, peer=peer)
+        name = self._agent.add_remote_agent(metadata)
+        here = _rows(memory.pointers, memory.layout, memory.device_number)
+        self._here = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", here, "VRAM")
+        self._there = self._agent.prep_xfer_dlist(name, _rows(pointers, memory.layout, device), "VRAM")
+
+    def describe(self) -> bytes:
+        return self._metadata
+
+    def send(self, room: int, source: Pages, destination: Pages) -> float:
+        began_s = time.monotonic()
+        starts = np.arange(len(self._layout.page_bytes), dtype=np.int32)[:, None] * np.int32(self._layout.pages)
+        here, there = ((starts + pages[None, :]).ravel() for pages in (source, destination))
+        transfer = self._agent.make_prepped_xfer("WRITE", self._here, here, self._there, there, b"done")
+        state = self._agent.transfer(transfer)
+        while state == "PROC":
+            if time.monotonic() > began_s + WAIT_S:
+                raise HandOffFailed(f"nixl-raw: not over after {WAIT_S:g} s")
+            state = self._agent.check_xfer_state(transfer)
+        if state != "DONE":
+            raise HandOffFailed(f"nixl-raw: wanted DONE, found {state}")
+        transfer.release()
+        return began_s
+
+    def close(self) -> None:
+        self._here.release()
+        self._there.release()
+        del self._agent
+
+
+class _NixlDecode:
+    def __init__(self, memory: GpuMemory, *, peer: bool) -> None:
+        self.pool = memory.pool
+        self._memory = memory
+        self._agent, self._metadata = _agent(memory, peer=peer)
+
+    def describe(self) -> tuple[bytes, list[int], int]:
+        return self._metadata, self._memory.pointers, self._memory.device_number
+
+    def join(self, answer: bytes) -> None:
+        self._agent.add_remote_agent(answer)
+
+    def expect(self, room: int, destination: Pages) -> None:
+        pass
+
+    def wait(self, room: int) -> float:
+        deadline_s = time.monotonic() + WAIT_S
+        while not self._agent.get_new_notifs():
+            if time.monotonic() > deadline_s:
+                raise HandOffFailed(f"nixl-raw: not over after {WAIT_S:g} s")
+        return time.monotonic()
+
+    def close(self) -> None:
+        del self._agent

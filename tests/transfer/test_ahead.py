@@ -1,0 +1,195 @@
+"""Pages that leave while they are computed: a sender on whose route they do, and what it does about those that change.
+
+`EagerTransport` stands for a GPU that copies whatever is in a page at that time. What real GPUs do: test_nvlink.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.transfer.test_handoff import AUX, LAYOUT, Pair, eventually
+from transfer.plan import Pages
+from transfer.session import ReceiverState, SenderState
+
+ROOM = 7
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    one = Pair(("shm",), eager=True)
+    yield one
+    one.close()
+
+
+def pages(*numbers: int) -> Pages:
+    return np.array(numbers, np.int32)
+
+
+def compute(pair: Pair, *numbers: int) -> None:
+    """Other bytes than those that were there before."""
+    for buffer in pair.source.buffers:
+        buffer[list(numbers)] += 1
+
+
+def done(pair: Pair, room: int = ROOM) -> None:
+    eventually(lambda: pair.receiver.state(room) is ReceiverState.DONE)
+
+
+def test_pages_that_went_ahead_are_confirmed_and_not_written_again(pair: Pair) -> None:
+    pair.begin(ROOM, [10, 11, 12])
+    assert pair.sender.goes_ahead(ROOM)
+    pair.sender.ahead(ROOM, 0, pages(1, 2, 3), 0)
+    eventually(lambda: pair.landed([1, 2, 3], [10, 11, 12]))
+    assert pair.receiver.state(ROOM) is ReceiverState.GRANTED, "nobody is told before they are sent"
+    pair.sender.send(ROOM, pages(1, 2, 3), AUX)
+    done(pair)
+    assert (pair.eager[0].confirmed_pages, pair.eager[0].written_pages) == (3, 0)
+    assert pair.sender.sent_bytes(ROOM) == 3 * LAYOUT.bytes_per_page
+
+
+def test_a_page_that_is_another_by_the_time_it_is_sent_is_written_again(pair: Pair) -> None:
+    """The cache held the same tokens already: the request's own page was freed, and filled by somebody else."""
+    pair.begin(ROOM, [10, 11, 12])
+    pair.sender.ahead(ROOM, 0, pages(1, 2, 3), 0)
+    eventually(lambda: pair.landed([1, 2, 3], [10, 11, 12]))
+    compute(pair, 2)
+    pair.sender.send(ROOM, pages(1, 5, 3), AUX)
+    done(pair)
+    assert pair.landed([1, 5, 3], [10, 11, 12])
+    assert (pair.eager[0].confirmed_pages, pair.eager[0].written_pages) == (2, 1)
+
+
+def test_chunks_go_ahead_of_those_before_them(pair: Pair) -> None:
+    """A pass may be computed while the one before it is not sent yet: its pages come again with the next."""
+    pair.begin(ROOM, [10, 11, 12, 13])
+    pair.sender.ahead(ROOM, 0, pages(1, 2), 0)
+    pair.sender.ahead(ROOM, 0, pages(1, 2, 3, 4), 32)
+    pair.sender.send(ROOM, pages(1, 2))
+    pair.sender.send(ROOM, pages(3, 4), AUX)
+    done(pair)
+    assert pair.landed([1, 2, 3, 4], [10, 11, 12, 13])
+    assert pair.eager[0].confirmed_pages == 4
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 0), (0, 4), (3, 1), (2, 2)], ids=["none", "too many", "behind", "over the end"]
+)
+def test_what_was_not_granted_does_not_go_ahead(pair: Pair, first: int, count: int) -> None:
+    pair.begin(ROOM, [10, 11, 12])
+    before = [buffer.copy() for buffer in pair.destination.buffers]
+    pair.sender.ahead(ROOM, first, np.arange(1, 1 + count, dtype=np.int32), 0)
+    pair.sender.send(ROOM, pages(1, 2, 3), AUX)
+    done(pair)
+    assert pair.eager[0].confirmed_pages == 0
+    for now, then in zip(pair.destination.buffers, before, strict=True):
+        assert np.array_equal(np.delete(now, [10, 11, 12], axis=0), np.delete(then, [10, 11, 12], axis=0))
+
+
+def test_nothing_goes_ahead_of_a_room_that_is_not_granted_or_has_ended(pair: Pair) -> None:
+    pair.open(ROOM)
+    pair.sender.offer(ROOM)
+    assert not pair.sender.goes_ahead(ROOM)
+    pair.sender.ahead(ROOM, 0, pages(1), 0)
+    pair.receiver.grant(ROOM, pages(10), 1, 0)
+    eventually(lambda: pair.sender.state(ROOM) is SenderState.GRANTED)
+    pair.sender.fail(ROOM, "gave up")
+    assert not pair.sender.goes_ahead(ROOM)
+    before = pair.destination.buffers[0].copy()
+    pair.sender.ahead(ROOM, 0, pages(1), 0)
+    eventually(lambda: pair.receiver.state(ROOM) is ReceiverState.FAILED)
+    assert np.array_equal(pair.destination.buffers[0], before)
+
+
+def test_a_route_that_writes_what_is_computed_lets_nothing_go_ahead() -> None:
+    pair = Pair(("shm",))
+    try:
+        pair.begin(ROOM, [10])
+        assert not pair.sender.goes_ahead(ROOM)
+        pair.sender.ahead(ROOM, 0, pages(1), 0)
+        pair.sender.send(ROOM, pages(1), AUX)
+        done(pair)
+        assert pair.landed([1], [10])
+    finally:
+        pair.close()
+
+
+def test_pages_that_are_sent_early_wait_until_they_are_computed(pair: Pair) -> None:
+    class Computed:
+        now = False
+
+        def reached(self) -> bool:
+            return self.now
+
+    computed = Computed()
+    pair.begin(ROOM, [10, 11])
+    pair.sender.send(ROOM, pages(1), after=computed)
+    pair.begin(ROOM + 1, [12])
+    compute(pair, 1)
+    assert pair.eager[0].written_pages == 0
+    computed.now = True
+    pair.sender.send(ROOM, pages(2), AUX)
+    done(pair)
+    assert pair.landed([1, 2], [10, 11])
+
+
+def test_a_room_that_ends_while_its_pages_are_not_computed_holds_nothing_up(pair: Pair) -> None:
+    class Never:
+        def reached(self) -> bool:
+            return False
+
+    pair.begin(ROOM, [10, 11])
+    pair.sender.send(ROOM, pages(1), after=Never())
+    pair.sender.fail(ROOM, "aborted")
+    pair.begin(ROOM + 1, [12])
+    pair.sender.send(ROOM + 1, pages(3), AUX)
+    done(pair, ROOM + 1)
+    eventually(lambda: pair.receiver.state(ROOM) is ReceiverState.FAILED)
+
+
+class _Shared:
+    """One pair for all of hypothesis's examples: to connect takes longer than an example."""
+
+    def __init__(self) -> None:
+        self.pair = Pair(("shm",), eager=True)
+        self.room = 0
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[_Shared]:
+    one = _Shared()
+    yield one
+    one.pair.close()
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_whatever_goes_ahead_what_was_sent_is_what_lands(shared: _Shared, data: st.DataObject) -> None:
+    pair = shared.pair
+    shared.room += 1
+    room = shared.room
+    count = data.draw(st.integers(1, 12), "pages")
+    destination = data.draw(st.permutations(range(1, LAYOUT.pages)), "destination")[:count]
+    sent = data.draw(st.permutations(range(1, LAYOUT.pages)), "source")[:count]
+    pair.begin(room, destination)
+    start = 0
+    while start < count:
+        end = data.draw(st.integers(start + 1, count), "end")
+        if data.draw(st.booleans(), "ahead"):
+            first = data.draw(st.integers(0, start), "first")
+            until = data.draw(st.integers(first, count), "until")
+            guess = [
+                data.draw(st.sampled_from([page, 1 + page % (LAYOUT.pages - 1)]), "guess") for page in sent[first:until]
+            ]
+            pair.sender.ahead(room, first, np.array(guess, np.int32), 0)
+        last = end == count
+        pair.sender.send(room, np.array(sent[start:end], np.int32), AUX if last else None)
+        start = end
+    done(pair, room)
+    assert pair.landed(sent, destination)
+    pair.receiver.forget(room)
+    pair.sender.forget(room)
