@@ -3,7 +3,7 @@
 // A warp copies one piece at a time: PIECE_BYTES of one page of one buffer, sixteen bytes a lane, all loads in flight
 // before the first store. Which pages is passed by value, so nothing is uploaded before a launch; a short list makes a
 // short launch, hence several kernels. What a record looks like: transfer/landed_ring.py. A launch without a place for a
-record copies and says nothing; one without pages only says that those which others copied, before it, are there.
+// record copies and says nothing; one without pages only says that those which others copied, before it, are there.
 
 typedef unsigned long long u64;
 

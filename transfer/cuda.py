@@ -6,7 +6,6 @@ need no translation. A thread has to be told of it once (`Device.use`).
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,7 +148,7 @@ class Device:
     def kernel(self, source: str, name: str, options: Sequence[str] = ()) -> Any:
         """A function of this CUDA C++ program. Raises CudaFailed with the compiler's words."""
         module = self._call(
-            "cuModuleLoadData", _compiled(source, (*options, f"--gpu-architecture={self._architecture}"))
+            "cuModuleLoadData", compiled(source, (*options, f"--gpu-architecture={self._architecture}"))
         )
         return self._call("cuModuleGetFunction", module, name.encode())
 
@@ -190,7 +189,8 @@ def _driver() -> Any:
 
 
 @functools.cache
-def _compiled(source: str, options: tuple[str, ...]) -> bytes:
+def compiled(source: str, options: tuple[str, ...]) -> bytes:
+    """Machine code of this CUDA C++ program. Needs no GPU. Raises CudaFailed with the compiler's words."""
     from cuda.bindings import nvrtc
 
     def call(name: str, *arguments: Any) -> Any:
@@ -200,9 +200,9 @@ def _compiled(source: str, options: tuple[str, ...]) -> bytes:
     encoded = [option.encode() for option in options]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        said = ctypes.create_string_buffer(call("nvrtcGetProgramLogSize", program))
-        call("nvrtcGetProgramLog", program, said.raw)
-        raise CudaFailed(f"nvrtc: {said.value.decode(errors='replace')}")
+        said = bytes(call("nvrtcGetProgramLogSize", program))
+        call("nvrtcGetProgramLog", program, said)
+        raise CudaFailed(f"nvrtc: {said.rstrip(bytes(1)).decode(errors='replace').strip()}")
     binary = bytes(call("nvrtcGetCUBINSize", program))
     call("nvrtcGetCUBIN", program, binary)
     return binary
