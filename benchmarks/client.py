@@ -18,7 +18,9 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     text: str = ""
     ttft_s: float | None = None
-    """To the first token; None where there was none."""
+    """To the first token's text; None where there was none."""
+    first_s: float | None = None
+    """To the first event of a choice, also one whose text is empty yet."""
     total_s: float = 0.0
     usage: dict[str, Any] = field(default_factory=dict)
     error: str = ""
@@ -119,6 +121,8 @@ def _read_stream(response: http.client.HTTPResponse, answer: Answer, started_s: 
             answer.error = json.dumps(event["error"])
             continue
         answer.usage = event.get("usage") or answer.usage
+        if event.get("choices") and answer.first_s is None:
+            answer.first_s = time.perf_counter() - started_s
         for choice in event.get("choices", []):
             text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
             if text and answer.ttft_s is None:

@@ -13,13 +13,14 @@ from benchmarks.client import Answer, ask
 from engine.spec import WorkerSpec
 
 
-def direct(prefill: WorkerSpec, decode: WorkerSpec, model: str, prompt: str, max_tokens: int) -> Answer:
+def direct(prefill: WorkerSpec, decode: WorkerSpec, model: str, prompt: str | list[int], max_tokens: int) -> Answer:
     """At temperature 0; timed at the decode worker's stream."""
     body = {
         "model": model,
         "prompt": prompt,
         "max_tokens": max_tokens,
         "temperature": 0,
+        "ignore_eos": True,
         "bootstrap_host": prefill.host,
         "bootstrap_port": prefill.handoff_port,
         "bootstrap_room": random.randint(1, 2**62),

@@ -59,4 +59,5 @@ def _sum(first: HandoffTotals, second: HandoffTotals) -> HandoffTotals:
         moved_bytes=first.moved_bytes + second.moved_bytes,
         prefix_tokens=first.prefix_tokens + second.prefix_tokens,
         took_s=first.took_s + second.took_s,
+        ahead_pages=first.ahead_pages + second.ahead_pages,
     )

@@ -140,6 +140,9 @@ class _Collector:
         )
         moved = CounterMetricFamily("mainstem_handoff_bytes", "KV moved", labels=labels)
         pages = CounterMetricFamily("mainstem_handoff_pages", "Pages moved", labels=labels)
+        ahead = CounterMetricFamily(
+            "mainstem_handoff_ahead_pages", "Of them, those that left while later layers were computed", labels=labels
+        )
         prefix = CounterMetricFamily(
             "mainstem_handoff_prefix_tokens", "Prompt tokens not moved, as decode held them", labels=labels
         )
@@ -150,8 +153,9 @@ class _Collector:
             if totals.outcome == "ok":
                 moved.add_metric(pair, totals.moved_bytes)
                 pages.add_metric(pair, totals.pages)
+                ahead.add_metric(pair, totals.ahead_pages)
                 prefix.add_metric(pair, totals.prefix_tokens)
-        yield from (ended, seconds, moved, pages, prefix)
+        yield from (ended, seconds, moved, pages, ahead, prefix)
 
 
 class _Choices:

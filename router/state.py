@@ -135,6 +135,7 @@ def _handoff(record: Record) -> dict[str, Any] | None:
         "transport": ", ".join(sorted({ended.transport for ended in record.handoffs if ended.transport})),
         "moved_bytes": sum(ended.moved_bytes for ended in moved),
         "pages": sum(ended.pages for ended in moved),
+        "ahead_pages": sum(ended.ahead_pages for ended in moved),
         "prefix_tokens": sum(ended.prefix_tokens for ended in moved),
         "took_s": max(ended.took_s for ended in record.handoffs),
         "ended": len(record.handoffs),

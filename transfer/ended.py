@@ -24,3 +24,5 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     """Why it failed; "" where it did not."""
     writing_s: float = 0.0
     """Of that, the time in which pages were written. 0 where the hand-off failed."""
+    ahead_pages: int = 0
+    """Of the pages, those that left while later layers were still being computed. 0 where the hand-off failed."""

@@ -117,6 +117,8 @@ class Last(msgspec.Struct, frozen=True, array_like=True, tag="last"):
     """The request's row of each auxiliary buffer."""
     writing_s: float = 0.0
     """How long prefill was writing pages, without the time in which it computed them: what the link can do."""
+    ahead_pages: int = 0
+    """Of the pages, those that left while later layers were still being computed."""
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):

@@ -28,6 +28,10 @@ class LayerCount:
         self._word = np.frombuffer(self._memory, np.uint32)[:1]
         self._pointer = device.map_host(int(self._word.ctypes.data), mmap.PAGESIZE)
 
+    def close(self) -> None:
+        """Once no stream tells or waits any more: tests have several, one after the other."""
+        self._device.unmap_host(int(self._word.ctypes.data))
+
     def tell(self, stream: Any, count: int) -> None:
         self._device.write_word(stream, self._pointer, count % _WRAP)
 

@@ -55,6 +55,7 @@ class _Incoming:
         self.aux_row = 0
         self.rows: list[bytes] = []
         self.writing_s = 0.0
+        self.ahead_pages = 0
         self.coming_pages = 0
         self.reason = ""
         self.began_s = now_s
@@ -253,6 +254,7 @@ class Receiver:
             took_s=self._clock() - incoming.began_s,
             reason=incoming.reason,
             writing_s=incoming.writing_s if done else 0.0,
+            ahead_pages=incoming.ahead_pages if done else 0,
         )
 
     # The courier's thread.
@@ -397,11 +399,13 @@ class Receiver:
             raise ValueError(f"last: wanted rows of {self._aux.layout.page_bytes} bytes, found {found}")
         if not 0 <= last.writing_s < math.inf:
             raise ValueError(f"last: wanted seconds of writing, found {last.writing_s}")
+        if not 0 <= last.ahead_pages <= last.pages:
+            raise ValueError(f"last: wanted at most {last.pages} pages that went ahead, found {last.ahead_pages}")
         if not last.pages == incoming.coming_pages == len(incoming.pages):
             granted, found_pages = len(incoming.pages), f"{last.pages} written of {incoming.coming_pages} announced"
             self._fail(room, incoming, f"pages: wanted {granted}, found {found_pages}")
             return
-        incoming.rows, incoming.writing_s = last.rows, last.writing_s
+        incoming.rows, incoming.writing_s, incoming.ahead_pages = last.rows, last.writing_s, last.ahead_pages
         self._step(room, incoming, Event.LAST)
 
     def _expect(self, peer: _Peer, room: int, pages: Pages, prefix_tokens: int) -> None:

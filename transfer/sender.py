@@ -93,6 +93,8 @@ class _Outgoing:
         """This side's page that was written ahead to each of `pages`."""
         self.ahead_pages = 0
         """Up to which."""
+        self.confirmed_pages = 0
+        """Of those, the ones that were the same when they were sent."""
         self.sent_bytes = 0
         self.writing_s = 0.0
         self.reason = ""
@@ -447,7 +449,8 @@ class Sender:
         if not await self._write_pages(peer, outgoing, write):
             return
         if write.aux is not None:
-            chunk.append(handoff.Last(write.room, write.first + len(write.source), write.aux, outgoing.writing_s))
+            pages = write.first + len(write.source)
+            chunk.append(handoff.Last(write.room, pages, write.aux, outgoing.writing_s, outgoing.confirmed_pages))
         if chunk:
             await peer.connection.send(*chunk)
 
@@ -471,6 +474,7 @@ class Sender:
         if confirmed:
             assert peer.route.ahead is not None, "it has written them"
             await peer.route.ahead.confirm(write.room, confirmed)
+            outgoing.confirmed_pages += confirmed
             outgoing.sent_bytes += confirmed * self._me.layout.bytes_per_page
         return outgoing.state not in TERMINAL
 

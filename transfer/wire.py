@@ -146,6 +146,8 @@ class HandoffTotals(msgspec.Struct, frozen=True, array_like=True):
     prefix_tokens: int = 0
     """Tokens that were not moved, as decode held them already."""
     took_s: float = 0.0
+    ahead_pages: int = 0
+    """Of the pages, those that left while later layers were still being computed."""
 
     @classmethod
     def kind(cls, ended: Ended) -> HandoffTotals:
@@ -162,6 +164,7 @@ class HandoffTotals(msgspec.Struct, frozen=True, array_like=True):
             moved_bytes=self.moved_bytes + (ended.moved_bytes if moved else 0),
             prefix_tokens=self.prefix_tokens + (ended.prefix_tokens if moved else 0),
             took_s=self.took_s + ended.took_s,
+            ahead_pages=self.ahead_pages + (ended.ahead_pages if moved else 0),
         )
 
 

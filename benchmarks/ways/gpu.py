@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ BUFFERS = 64
 CHECKED_ROWS = 64
 _SEQUENCE_AT = 16
 """Of a record in the ring, in bytes."""
-_RAW_ENVIRONMENT = {"UCX_TLS": "cuda_ipc,cuda_copy,sm,tcp", "NIXL_LOG_LEVEL": "WARN"}
+_RAW_ENVIRONMENT = {"UCX_TLS": "cuda_ipc,cuda_copy,sm,tcp", "UCX_NET_DEVICES": "all", "NIXL_LOG_LEVEL": "WARN"}
 
 
 @dataclass(frozen=True)
@@ -282,12 +281,10 @@ def _agent(memory: GpuMemory, *, peer: bool) -> tuple[Any, bytes]:
     """A NIXL agent without a thread of its own. peer: with the error handling that notices a dead peer."""
     name = nixl_raw.package()
     assert name is not None, "only measured where it is installed"
-    for variable in ("UCX_NET_DEVICES", "UCX_TLS"):
-        os.environ.pop(variable, None)
-    os.environ.update(_RAW_ENVIRONMENT)
-    api = importlib.import_module(f"{name}._api")
-    agent = api.nixl_agent(secrets.token_hex(8), api.nixl_agent_config(enable_prog_thread=False, backends=[]))
-    agent.create_backend("UCX", {"ucx_error_handling_mode": "peer" if peer else "none"})
+    with nixl_raw.environment(_RAW_ENVIRONMENT):
+        api = importlib.import_module(f"{name}._api")
+        agent = api.nixl_agent(secrets.token_hex(8), api.nixl_agent_config(enable_prog_thread=False, backends=[]))
+        agent.create_backend("UCX", {"ucx_error_handling_mode": "peer" if peer else "none"})
     device = memory.device_number
     sizes = [memory.layout.pages * size for size in memory.layout.page_bytes]
     agent.register_memory(

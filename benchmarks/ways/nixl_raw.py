@@ -102,7 +102,7 @@ def _agent(cell: Cell, memory: Bytes) -> tuple[Any, Described]:
     """One agent without a thread of its own, with the cell's pool registered."""
     name = package()
     assert name is not None, "only measured where it is installed"
-    with _environment():
+    with environment(_ENVIRONMENT):
         api = importlib.import_module(f"{name}._api")
         config = api.nixl_agent_config(enable_prog_thread=False, backends=[])
         agent = api.nixl_agent(secrets.token_hex(8), config)
@@ -114,10 +114,10 @@ def _agent(cell: Cell, memory: Bytes) -> tuple[Any, Described]:
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
+def environment(wanted: dict[str, str]) -> Iterator[None]:
     """UCX reads its settings where an agent is made; nobody else's are changed."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:

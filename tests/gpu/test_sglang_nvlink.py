@@ -13,65 +13,40 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks.added_ttft import ahead_pages
 from benchmarks.client import get_json
+from benchmarks.gpu_cluster import gpu_config
 from benchmarks.reference import Reference, generate, prompt_of
-from engine.config import ClusterConfig, parse_cluster
+from engine.config import ClusterConfig, read_cluster
 from engine.launch.cluster import Cluster
-from tests.cluster.conftest import free_port, started
-from transfer.cuda import CudaFailed, Device
+from tests.cluster.conftest import started
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = int(os.environ.get("MAINSTEM_GPU_PROMPTS", "200"))
 MODEL = "MAINSTEM_GPU_MODEL"
 POOL_TOKENS = 16384
 """KV slots of each worker: SGLang would take what another worker of the same GPU has left."""
 
 
-def gpus() -> int:
-    count = 0
-    try:
-        while True:
-            Device(count)
-            count += 1
-    except CudaFailed:
-        return count
-
-
-def config(**changes: Any) -> ClusterConfig:
-    """configs/1p1d-nvlink.yaml, for this machine and model."""
-    tree = yaml.safe_load((ROOT / "configs" / "1p1d-nvlink.yaml").read_text())
+def config(folder: Path, *, monolithic: bool = False) -> ClusterConfig:
+    flags = {"disable-cuda-graph": True, "context-length": 4096}
+    flags |= yaml.safe_load(os.environ.get("MAINSTEM_GPU_FLAGS", "{}"))
     model = Path(os.environ[MODEL])
-    tree["model"] = {"path": str(model), "served_name": "tested"}
-    engine: dict[str, Any] = {
-        "disable-cuda-graph": True,
-        "skip-server-warmup": True,
-        "context-length": 4096,
-        "max-total-tokens": POOL_TOKENS,
-    }
-    if not list(model.glob("*.safetensors")):
-        engine["load-format"] = "dummy"
-    if gpus() == 1:
-        for group in tree["workers"]:
-            group["engine"]["base-gpu-id"] = 0
-    tree["engine"] |= engine | yaml.safe_load(os.environ.get("MAINSTEM_GPU_FLAGS", "{}"))
-    tree["router"]["port"] = free_port()
-    tree |= changes
-    return parse_cluster(yaml.safe_dump(tree), ROOT / "configs")
+    file = folder / "cluster.yaml"
+    return read_cluster(gpu_config(file, model, pool_tokens=POOL_TOKENS, flags=flags, monolithic=monolithic))
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> list[Reference]:
     chooser = random.Random(12)
     lengths = [chooser.randint(5, 3000) for _ in range(PROMPTS)]
-    alone = config(workers=[{"role": "both", "count": 1}])
-    with started(alone, tmp_path_factory.mktemp("alone")) as cluster:
+    folder = tmp_path_factory.mktemp("alone")
+    with started(config(folder, monolithic=True), folder) as cluster:
         worker = cluster.plan.workers[0]
         url = f"http://{worker.host}:{worker.port}"
         found = []
@@ -88,13 +63,15 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> list[Reference]:
 def test_outputs_are_the_monolithic_ones_cold_and_cached(
     references: list[Reference], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    with started(config(), tmp_path_factory.mktemp("pair")) as cluster:
+    folder = tmp_path_factory.mktemp("pair")
+    with started(config(folder), folder) as cluster:
         assert differing(cluster, references) == []
         assert differing(cluster, references[:20]) == []
         newest = get_json(cluster.url, "/api/state")["requests"][0]
         handoff = get_json(cluster.url, f"/api/explain/{newest['id']}")["handoff"]
         assert handoff["transport"] == "nvlink", handoff
         assert handoff["failed"] == 0
+        assert ahead_pages(cluster) > 0, "long prompts' pages leave layer by layer"
 
 
 def differing(cluster: Cluster, references: list[Reference]) -> list[int]:

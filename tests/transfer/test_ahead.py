@@ -50,6 +50,8 @@ def test_pages_that_went_ahead_are_confirmed_and_not_written_again(pair: Pair) -
     done(pair)
     assert (pair.eager[0].confirmed_pages, pair.eager[0].written_pages) == (3, 0)
     assert pair.sender.sent_bytes(ROOM) == 3 * LAYOUT.bytes_per_page
+    eventually(lambda: bool(pair.ended))
+    assert (pair.ended[0].ahead_pages, pair.ended[0].pages) == (3, 3)
 
 
 def test_a_page_that_is_another_by_the_time_it_is_sent_is_written_again(pair: Pair) -> None:

@@ -292,6 +292,8 @@ def test_a_layer_leaves_once_it_is_computed_and_not_before(device: Device, base:
             await landing.landed(5)
             ends.check(source, destination)
 
+        count.close()
+
     run(work())
 
 
@@ -311,6 +313,7 @@ def test_a_page_that_is_written_again_after_it_went_ahead_is_the_later_one(devic
             count.tell(computing, 3)
             await landing.landed(5)
             ends.check(source, destination)
+        count.close()
 
     run(work())
 
@@ -330,6 +333,7 @@ def test_small_layers_leave_together(device: Device) -> None:
                 await route.ahead.confirm(tag, pages)
                 await landing.landed(tag)
                 ends.check(source, destination)
+        count.close()
 
     run(work())
 

@@ -1,0 +1,166 @@
+"""TTFT that disaggregation adds on GPUs: a prefill and a decode worker beside one SGLang that does both.
+
+The same flags, the same run, prompts as token ids on every side, each prompt new. `mono` asks the one worker; `direct`
+sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `whole` is a pair
+whose pages leave once a forward pass is over instead of layer by layer. "8 x" is eight requests at once: the median is
+over all of them. "fragmented": after many requests of all lengths, so that pages lie anywhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import machine, report
+from benchmarks.bench_cluster import run_main, running
+from benchmarks.client import Answer, complete
+from benchmarks.gpu_cluster import gpu_config, gpu_count
+from benchmarks.legs import direct
+from benchmarks.reference import VOCABULARY
+from engine.launch.cluster import Cluster
+
+POOL_TOKENS = 80_000
+MAX_TOKENS = 4
+CHURN = 150
+"""Requests before a pool counts as fragmented."""
+Ask = Callable[[list[int]], Answer]
+
+
+@dataclass(frozen=True)
+class Cell:
+    tokens: int
+    at_once: int = 1
+    fragmented: bool = False
+
+    def __str__(self) -> str:
+        many = f"{self.at_once} x " if self.at_once > 1 else ""
+        return f"{many}{self.tokens}{' fragmented' if self.fragmented else ''}"
+
+
+CELLS = (
+    Cell(64),
+    Cell(1024),
+    Cell(8192),
+    Cell(32768),
+    Cell(1024, at_once=8),
+    Cell(8192, fragmented=True),
+    Cell(1024, at_once=8, fragmented=True),
+)
+Times = dict[tuple[str, Cell], list[float]]
+
+
+def main() -> int:
+    parser = report.arguments(__doc__ or "")
+    parser.add_argument("--model", type=Path, required=True, help="a model's folder; its config and tokenizer will do")
+    parser.add_argument("--flags", type=yaml.safe_load, default={}, help="more of SGLang's flags, as YAML")
+    parser.add_argument("--repeats", type=int, default=7, help="of every cell (default 7)")
+    parser.add_argument("--skip-whole", action="store_true", help="only the pair that streams layer by layer")
+    options = parser.parse_args()
+    if not gpu_count():
+        report.progress("added_ttft: wanted a GPU, found none")
+        return 2
+    flags = {"context-length": 40_000, **options.flags}
+    times: Times = {}
+    ahead: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cluster.yaml"
+        for name in ("mono", "layers") if options.skip_whole else ("mono", "layers", "whole"):
+            gpu_config(
+                file,
+                options.model.resolve(),
+                pool_tokens=POOL_TOKENS,
+                flags=flags,
+                monolithic=name == "mono",
+                layerwise=name == "layers",
+            )
+            with running(file, state_dir=Path(folder) / name) as cluster:
+                for way, ask in ways(cluster, name).items():
+                    measure(way, ask, options.repeats, times)
+                ahead[name] = ahead_pages(cluster)
+    results = [row(cell, way, times) for cell in CELLS for way in dict.fromkeys(way for way, _ in times)]
+    link = "two GPUs" if gpu_count() > 1 else "one GPU for both workers: no link is crossed"
+    result = {"gpus": machine.gpus(), "between": link, "flags": flags, "ahead_pages": ahead, "results": results}
+    columns = {"tokens": "cell", "way": "way", "TTFT p50 ms": "ttft_ms", "p90": "p90_ms", "added ms": "added_ms"}
+    report.publish(result, tuple(columns), [[one[key] for key in columns.values()] for one in results], options.json)
+    if not options.json:
+        print(f"{', '.join(machine.gpus())}; {link}; pages that left ahead: {ahead}")
+    return 0
+
+
+def ways(cluster: Cluster, name: str) -> dict[str, Ask]:
+    model = cluster.plan.router.model
+    by_role = {worker.role: worker for worker in cluster.plan.workers}
+    if name == "mono":
+        worker = by_role["both"]
+        url = f"http://{worker.host}:{worker.port}"
+        return {"mono": lambda prompt: complete(url, model, prompt, MAX_TOKENS, ignore_eos=True)}
+    prefill, decode = by_role["prefill"], by_role["decode"]
+    return {
+        f"{name}, direct": lambda prompt: direct(prefill, decode, model, prompt, MAX_TOKENS),
+        f"{name}, router": lambda prompt: complete(cluster.url, model, prompt, MAX_TOKENS, ignore_eos=True),
+    }
+
+
+def measure(way: str, ask: Ask, repeats: int, times: Times) -> None:
+    """Every cell of one way, its first requests unmeasured. Raises SystemExit where one fails."""
+    # Another seed for each way: a cached prompt would be another measurement.
+    chooser = random.Random(way)
+    with ThreadPoolExecutor(max(cell.at_once for cell in CELLS)) as threads:
+
+        def once(tokens: int, at_once: int) -> list[float]:
+            prompts = [[chooser.choice(VOCABULARY) for _ in range(tokens)] for _ in range(at_once)]
+            answers = list(threads.map(ask, prompts))
+            for answer in answers:
+                if answer.first_s is None or answer.error:
+                    raise SystemExit(f"added_ttft: {way}: wanted a token, found {answer.status} {answer.error}")
+            return [answer.first_s for answer in answers if answer.first_s is not None]
+
+        for cell, _ in itertools.product([cell for cell in CELLS if not cell.fragmented], range(2)):
+            once(cell.tokens, cell.at_once)
+        churned = False
+        for cell in CELLS:
+            if cell.fragmented and not churned:
+                churned = True
+                for _ in range(CHURN // 4):
+                    once(chooser.randint(64, 2500), 4)
+            measured = [once(cell.tokens, cell.at_once) for _ in range(repeats)]
+            times[way, cell] = list(itertools.chain(*measured))
+            report.progress(f"  {way}, {cell} tokens: {1e3 * statistics.median(times[way, cell]):.1f} ms")
+
+
+def ahead_pages(cluster: Cluster) -> int:
+    """Pages that left while later layers were computed, over all hand-offs."""
+    with urllib.request.urlopen(f"{cluster.url}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith("mainstem_handoff_ahead_pages_total"))
+
+
+def row(cell: Cell, way: str, times: Times) -> dict[str, Any]:
+    taken = sorted(times[way, cell])
+    p50 = statistics.median(taken)
+    return {
+        "cell": str(cell),
+        "way": way,
+        "tokens": cell.tokens,
+        "at_once": cell.at_once,
+        "fragmented": cell.fragmented,
+        "requests": len(taken),
+        "ttft_ms": round(1e3 * p50, 1),
+        "p90_ms": round(1e3 * taken[int(0.9 * (len(taken) - 1))], 1),
+        "added_ms": round(1e3 * (p50 - statistics.median(times["mono", cell])), 1),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

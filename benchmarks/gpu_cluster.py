@@ -1,0 +1,62 @@
+"""configs/1p1d-nvlink.yaml for whatever GPUs this machine has, and for a model that may be made up.
+
+With one GPU all workers share it: memory is mapped the same way, but no link is crossed, and workers compete.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transfer.cuda import CudaFailed, Device
+
+NVLINK = Path(__file__).parents[1] / "configs" / "1p1d-nvlink.yaml"
+
+
+def gpu_count() -> int:
+    count = 0
+    try:
+        while True:
+            Device(count)
+            count += 1
+    except CudaFailed:
+        return count
+
+
+def gpu_config(
+    file: Path,
+    model: Path,
+    *,
+    pool_tokens: int,
+    flags: dict[str, Any],
+    monolithic: bool = False,
+    layerwise: bool = True,
+) -> Path:
+    """Writes the cluster file.
+
+    model        a folder; where there are no weights in it, its config and a tokenizer do: weights are made up then,
+                 the same ones in every process
+    pool_tokens  KV slots of each worker: SGLang would take what another worker of the same GPU has left
+    flags        more of SGLang's flags
+    monolithic   one worker that does both
+    """
+    tree = yaml.safe_load(NVLINK.read_text())
+    tree["model"] = {"path": str(model), "served_name": "measured"}
+    engine: dict[str, Any] = {"skip-server-warmup": True, "max-total-tokens": pool_tokens}
+    if not list(model.glob("*.safetensors")):
+        engine["load-format"] = "dummy"
+    tree["engine"] |= engine | flags
+    if monolithic:
+        tree["workers"] = [{"role": "both", "count": 1}]
+    elif gpu_count() == 1:
+        for group in tree["workers"]:
+            group["engine"]["base-gpu-id"] = 0
+    tree["transfer"]["layerwise"] = layerwise
+    with socket.socket() as placeholder:
+        placeholder.bind(("127.0.0.1", 0))
+        tree["router"]["port"] = placeholder.getsockname()[1]
+    file.write_text(yaml.safe_dump(tree))
+    return file
