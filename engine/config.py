@@ -92,8 +92,9 @@ class TransferSection(BaseModel):
     """Network devices that nixl uses, as UCX names them: eth0, or mlx5_0:1 for a port of an RDMA card."""
     trusted_devices: tuple[Device, ...] = ()
     """Network devices that only trusted machines reach. nixl uses no others, but for loopback."""
-    layerwise: Annotated[bool, Field(strict=True)] = True
-    """Whether nvlink writes a layer's pages while later layers are computed, rather than all at the end of a pass."""
+    layerwise: Annotated[bool, Field(strict=True)] = False
+    """Whether nvlink writes a layer's pages while later layers are computed, rather than all at the end of a pass.
+    Experimental: tried with the transport alone on a GPU, not yet under SGLang."""
     timeout_s: Seconds = 60.0
     """A hand-off that has not ended this long after its pages were granted fails."""
     silence_s: Annotated[float, Field(ge=1)] = 2.5

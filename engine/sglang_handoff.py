@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sglang.srt.disaggregation.base.conn import (
     BaseKVBootstrapServer,
     BaseKVManager,
@@ -27,9 +28,11 @@ from sglang.srt.disaggregation.base.conn import (
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
-from engine.sglang_layers import ForwardPasses, layers_of, why_whole
+from engine.forward_passes import PASSES, ForwardPasses
+from engine.sglang_layers import layers_of, why_whole
 from engine.spec import WorkerSpec
 from transfer.auth import ClusterKey
+from transfer.computed import Computed
 from transfer.deadlines import Deadlines
 from transfer.ended import Ended
 from transfer.layout import PoolLayout
@@ -151,7 +154,7 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         key = ClusterKey.read(Path(spec.key_file))
         deadlines = Deadlines(handoff_s=spec.handoff_timeout_s, silence_s=spec.silence_s)
         layers = None if decodes else _layers(spec, pool, server_args, is_mla=bool(is_mla_backend))
-        self.passes = None if layers is None else ForwardPasses(layers.count, len(layers.buffers))
+        self.passes = None if layers is None else _passes(pool, len(layers))
         """Of a prefill worker whose pages may leave layer by layer."""
         transports = make(
             spec.transports,
@@ -256,12 +259,12 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
             and self._sender.goes_ahead(self._room)
         )
 
-    def ahead(self, first_token: int, kv_indices: npt.NDArray[np.int32], count: int) -> None:
-        """These pages, from this token of the prompt on, are computed by the pass that begins with this layer count."""
+    def ahead(self, first_token: int, kv_indices: npt.NDArray[np.int32], computed: Computed) -> None:
+        """These pages, from this token of the prompt on, may leave as soon as their layers are computed."""
         page_tokens = self._manager.kv_args.page_size
         first = (first_token - self._sender.prefix_tokens(self._room)) // page_tokens
         # What decode holds already is not wanted.
-        self._sender.ahead(self._room, max(first, 0), kv_indices[max(-first, 0) :], count)
+        self._sender.ahead(self._room, max(first, 0), kv_indices[max(-first, 0) :], computed)
 
     def poll(self) -> int:
         return FAILED if self._refused else _SENDER_POLL[self._sender.state(self._room)._value_]
@@ -384,13 +387,16 @@ def _layers(spec: WorkerSpec, pool: Pool, server_args: Any, *, is_mla: bool) -> 
     if reason := why_whole(server_args):
         log.info("pages leave when a forward pass is over, not layer by layer: %s", reason)
         return None
+    return layers_of(len(pool.buffers), is_mla=is_mla)
+
+
+def _passes(pool: Pool, layers: int) -> ForwardPasses:
     # CUDA's bindings, and a driver: only where there is a GPU.
     from transfer.cuda import Device
-    from transfer.layer_count import LayerCount
-    from transfer.nvlink import Layers
 
-    count = LayerCount(Device.of(pool.buffers[0].ctypes.data))
-    return Layers(count, layers_of(len(pool.buffers), is_mla=is_mla))
+    device = Device.of(pool.buffers[0].ctypes.data)
+    sets = [[device.event() for _ in range(layers)] for _ in range(PASSES)]
+    return ForwardPasses(sets, device.record, lambda: torch.cuda.current_stream().cuda_stream)
 
 
 def _pools(args: KVArgs, server_args: Any) -> tuple[Pool, Pool]:

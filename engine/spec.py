@@ -57,7 +57,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Connections to each peer over which tcp moves pages."""
     nixl_devices: tuple[str, ...] = ("lo",)
     """Network devices that NIXL may use, as UCX names them: whoever reaches one can write this worker's memory."""
-    layerwise: bool = True
+    layerwise: bool = False
     """Whether nvlink may write a layer's pages while later layers are computed."""
     renew_s: float = 1.0
     """Time between two registrations."""

@@ -142,8 +142,21 @@ class Device:
         self._call("cuStreamWriteValue32", stream, pointer, value, 0)
 
     def wait_for_word(self, stream: Any, pointer: int, value: int) -> None:
-        """The stream goes no further until these 32 bits are this value or a later one, on a circle."""
+        """The stream goes no further until these 32 bits are at least this value. For tests: CUDA does not know what
+        it waits for, and may put that behind it (transfer/computed.py)."""
         self._call("cuStreamWaitValue32", stream, pointer, value, 0)
+
+    def event(self) -> Any:
+        """A point in a stream, without a clock: none yet."""
+        return self._call("cuEventCreate", self._cu.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+
+    def record(self, event: Any, stream: Any) -> None:
+        """The event is all that has been put into the stream."""
+        self._call("cuEventRecord", event, stream)
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """The stream goes no further until what the event is now is done; one that was never recorded is done."""
+        self._call("cuStreamWaitEvent", stream, event, 0)
 
     def kernel(self, source: str, name: str, options: Sequence[str] = ()) -> Any:
         """A function of this CUDA C++ program. Raises CudaFailed with the compiler's words."""

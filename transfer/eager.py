@@ -5,6 +5,7 @@ Wraps another one whose writes are in place when they return, and whose landings
 
 from __future__ import annotations
 
+from transfer.computed import Computed
 from transfer.layout import PoolLayout
 from transfer.plan import Pages
 from transfer.transport import Ahead, Landing, Lanes, Route, Transport, Wire
@@ -43,7 +44,7 @@ class _EagerRoute:
         self._transport.written_pages += len(source)
         await self._inner.write(tag, first, source, destination)
 
-    async def write_ahead(self, source: Pages, destination: Pages, count: int) -> None:
+    async def write_ahead(self, source: Pages, destination: Pages, computed: Computed) -> None:
         await self._inner.write(0, 0, source, destination)
 
     async def confirm(self, tag: int, pages: int) -> None:

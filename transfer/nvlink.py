@@ -31,9 +31,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from transfer.computed import Computed
 from transfer.cuda import CudaFailed, Device
 from transfer.landed_ring import SIZE_BYTES, NoRing, RingAddress, RingReader, RingWriter
-from transfer.layer_count import LayerCount
 from transfer.layout import PoolLayout
 from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
 from transfer.plan import Pages, check_lengths, check_range
@@ -82,13 +82,8 @@ class _Address(msgspec.Struct, frozen=True, array_like=True):
     lease: LeaseAddress
 
 
-@dataclass(frozen=True)
-class Layers:
-    """What is known of how a pool's pages are computed."""
-
-    count: LayerCount
-    buffers: tuple[tuple[int, ...], ...]
-    """Of each layer, in the order in which they are computed. Those that are in none are there when all these are."""
+Layers = tuple[tuple[int, ...], ...]
+"""Which buffers of a pool are whose, layer by layer as they are computed. Those of none are there with the last one."""
 
 
 class NvlinkTransport:
@@ -147,8 +142,8 @@ class NvlinkTransport:
             except (*UNDECODABLE, ValueError, NoRing, Withdrawn, CudaFailed) as error:
                 raise Unreachable(f"nvlink: {error}") from error
             undo.pop_all()
-        count = self._layers.count if self._layers is not None else None
-        return NvlinkRoute(self._device, self._pool.layout, layout, mapped, job, leave, count)
+        by_layer = self._layers is not None
+        return NvlinkRoute(self._device, self._pool.layout, layout, mapped, job, leave, by_layer=by_layer)
 
     def _map(self, address: _Address, undo: ExitStack) -> tuple[list[int], list[int]]:
         """The landing's allocations and its buffers, where they lie in this process. Raises CudaFailed."""
@@ -239,7 +234,8 @@ class NvlinkRoute:
         mapped: list[int],
         job: _Copy,
         leave: Leave,
-        count: LayerCount | None,
+        *,
+        by_layer: bool,
     ) -> None:
         self._device = device
         self._mine = mine
@@ -247,7 +243,7 @@ class NvlinkRoute:
         self._mapped = mapped
         self._job = job
         self._leave = leave
-        self._count = count
+        self._by_layer = by_layer
         self._lost: str | None = None
         self._watching: asyncio.Task[None] | None = None
         """Holds the lease while the GPU writes."""
@@ -255,7 +251,7 @@ class NvlinkRoute:
 
     @property
     def ahead(self) -> Ahead | None:
-        return None if self._count is None else self
+        return self if self._by_layer else None
 
     async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
         """Returns once the GPU has been told."""
@@ -264,14 +260,13 @@ class NvlinkRoute:
             end = start + MOST_PAGES[-1]
             await self._tell(tag, source[start:end], destination[start:end], len(source[start:end]))
 
-    async def write_ahead(self, source: Pages, destination: Pages, count: int) -> None:
-        assert self._count is not None, "a route without layers offers no writing ahead"
+    async def write_ahead(self, source: Pages, destination: Pages, computed: Computed) -> None:
         self._check_pages(source, destination)
         self._check()
         self._hold()
         try:
             for layers, buffers in self._job.table.groups(len(source), LAUNCH_BYTES):
-                self._count.hold(self._job.stream, count + layers)
+                self._device.wait(self._job.stream, computed.events[layers - 1])
                 for start in range(0, len(source), MOST_PAGES[-1]):
                     end = start + MOST_PAGES[-1]
                     self._job.copy(source[start:end], destination[start:end], buffers)
@@ -369,7 +364,7 @@ class _Table:
     @classmethod
     def of(cls, layout: PoolLayout, here: list[int], there: list[int], layers: Layers | None) -> _Table:
         everything = range(len(here))
-        by_layer: Sequence[Sequence[int]] = [everything] if layers is None else layers.buffers
+        by_layer: Sequence[Sequence[int]] = [everything] if layers is None else layers
         order = [buffer for layer in by_layer for buffer in layer]
         ends = [sum(len(layer) for layer in by_layer[: number + 1]) for number in range(len(by_layer))]
         order += sorted(set(everything) - set(order))

@@ -28,6 +28,7 @@ import numpy as np
 
 from transfer import handoff
 from transfer.auth import ClusterKey
+from transfer.computed import Computed
 from transfer.connection import Connection, PeerLost
 from transfer.courier import Courier
 from transfer.deadlines import Deadlines
@@ -72,7 +73,7 @@ class _WriteAhead:
     room: int
     source: Pages
     first: int
-    count: int
+    computed: Computed
 
 
 @dataclass(frozen=True)
@@ -172,14 +173,14 @@ class Sender:
             outgoing.released = False
             return True
 
-    def ahead(self, room: int, first: int, pages: Pages, count: int) -> None:
+    def ahead(self, room: int, first: int, pages: Pages, computed: Computed) -> None:
         """Lets these pages leave while they are computed, where the route can do that; else nothing happens.
 
         Whoever calls this sends the same pages later. One that is another by then is written again: the cache may have
         found that it held the same tokens already.
 
-        first  index of the first of them among the granted pages
-        count  what the layer count is when the forward pass begins that computes them
+        first     index of the first of them among the granted pages
+        computed  when each of their layers is
         """
         with self._lock:
             outgoing = self._rooms.get(room)
@@ -193,7 +194,7 @@ class Sender:
             check_range(source, self._me.layout.pages)
             outgoing.ahead[start:end] = source
             outgoing.ahead_pages = end
-            self._courier.call(outgoing.peer.jobs.put_nowait, _WriteAhead(room, source, start, count))
+            self._courier.call(outgoing.peer.jobs.put_nowait, _WriteAhead(room, source, start, computed))
 
     def goes_ahead(self, room: int) -> bool:
         """Whether `ahead` would do anything for this room now."""
@@ -434,7 +435,7 @@ class Sender:
             return
         assert peer.route.ahead is not None, "looked at before this was queued"
         destination = outgoing.pages[write.first : write.first + len(write.source)]
-        await peer.route.ahead.write_ahead(write.source, destination, write.count)
+        await peer.route.ahead.write_ahead(write.source, destination, write.computed)
 
     async def _write_chunk(self, peer: _Peer, write: _Write) -> None:
         outgoing = self._rooms.get(write.room)

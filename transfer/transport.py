@@ -29,6 +29,7 @@ from __future__ import annotations
 import socket
 from typing import Protocol
 
+from transfer.computed import Computed
 from transfer.layout import PoolLayout
 from transfer.plan import Pages
 
@@ -101,12 +102,12 @@ class Landing(Protocol):
 class Ahead(Protocol):
     """What a route can do besides, if its pool's layers are known to it: pages leave while they are still computed."""
 
-    async def write_ahead(self, source: Pages, destination: Pages, count: int) -> None:
+    async def write_ahead(self, source: Pages, destination: Pages, computed: Computed) -> None:
         """Writes pages of this side's pool, each layer as soon as it has been computed. Returns at once.
 
         source       indices into this side's pool
         destination  indices into the peer's pool, as many
-        count        what the layer count (transfer/layer_count.py) is when the forward pass begins that computes them
+        computed     when each of their layers is
 
         Nobody is told that they are there. Raises RouteLost.
         """

@@ -35,7 +35,7 @@ def make(
     nixl_devices  network devices that UCX may use and listen on
     stall_s       a peer that takes or sends nothing for so long, in the middle of pages, is lost
     memory        where the pool lies: VRAM is a GPU's
-    layers        given where pages may leave before all layers are computed; nvlink's alone do
+    layers        whose buffers are whose, where pages may leave before all layers are computed; nvlink's alone do
 
     Raises ValueError for another name, and for one that does not reach this memory; Unreachable for a transport whose
     library is missing.

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.transfer.test_handoff import AUX, LAYOUT, Pair, eventually
+from transfer.computed import Computed
 from transfer.plan import Pages
 from transfer.session import ReceiverState, SenderState
 
 ROOM = 7
+NOW = Computed(())
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def done(pair: Pair, room: int = ROOM) -> None:
 def test_pages_that_went_ahead_are_confirmed_and_not_written_again(pair: Pair) -> None:
     pair.begin(ROOM, [10, 11, 12])
     assert pair.sender.goes_ahead(ROOM)
-    pair.sender.ahead(ROOM, 0, pages(1, 2, 3), 0)
+    pair.sender.ahead(ROOM, 0, pages(1, 2, 3), NOW)
     eventually(lambda: pair.landed([1, 2, 3], [10, 11, 12]))
     assert pair.receiver.state(ROOM) is ReceiverState.GRANTED, "nobody is told before they are sent"
     pair.sender.send(ROOM, pages(1, 2, 3), AUX)
@@ -57,7 +59,7 @@ def test_pages_that_went_ahead_are_confirmed_and_not_written_again(pair: Pair) -
 def test_a_page_that_is_another_by_the_time_it_is_sent_is_written_again(pair: Pair) -> None:
     """The cache held the same tokens already: the request's own page was freed, and filled by somebody else."""
     pair.begin(ROOM, [10, 11, 12])
-    pair.sender.ahead(ROOM, 0, pages(1, 2, 3), 0)
+    pair.sender.ahead(ROOM, 0, pages(1, 2, 3), NOW)
     eventually(lambda: pair.landed([1, 2, 3], [10, 11, 12]))
     compute(pair, 2)
     pair.sender.send(ROOM, pages(1, 5, 3), AUX)
@@ -69,8 +71,8 @@ def test_a_page_that_is_another_by_the_time_it_is_sent_is_written_again(pair: Pa
 def test_chunks_go_ahead_of_those_before_them(pair: Pair) -> None:
     """A pass may be computed while the one before it is not sent yet: its pages come again with the next."""
     pair.begin(ROOM, [10, 11, 12, 13])
-    pair.sender.ahead(ROOM, 0, pages(1, 2), 0)
-    pair.sender.ahead(ROOM, 0, pages(1, 2, 3, 4), 32)
+    pair.sender.ahead(ROOM, 0, pages(1, 2), NOW)
+    pair.sender.ahead(ROOM, 0, pages(1, 2, 3, 4), NOW)
     pair.sender.send(ROOM, pages(1, 2))
     pair.sender.send(ROOM, pages(3, 4), AUX)
     done(pair)
@@ -84,7 +86,7 @@ def test_chunks_go_ahead_of_those_before_them(pair: Pair) -> None:
 def test_what_was_not_granted_does_not_go_ahead(pair: Pair, first: int, count: int) -> None:
     pair.begin(ROOM, [10, 11, 12])
     before = [buffer.copy() for buffer in pair.destination.buffers]
-    pair.sender.ahead(ROOM, first, np.arange(1, 1 + count, dtype=np.int32), 0)
+    pair.sender.ahead(ROOM, first, np.arange(1, 1 + count, dtype=np.int32), NOW)
     pair.sender.send(ROOM, pages(1, 2, 3), AUX)
     done(pair)
     assert pair.eager[0].confirmed_pages == 0
@@ -96,13 +98,13 @@ def test_nothing_goes_ahead_of_a_room_that_is_not_granted_or_has_ended(pair: Pai
     pair.open(ROOM)
     pair.sender.offer(ROOM)
     assert not pair.sender.goes_ahead(ROOM)
-    pair.sender.ahead(ROOM, 0, pages(1), 0)
+    pair.sender.ahead(ROOM, 0, pages(1), NOW)
     pair.receiver.grant(ROOM, pages(10), 1, 0)
     eventually(lambda: pair.sender.state(ROOM) is SenderState.GRANTED)
     pair.sender.fail(ROOM, "gave up")
     assert not pair.sender.goes_ahead(ROOM)
     before = pair.destination.buffers[0].copy()
-    pair.sender.ahead(ROOM, 0, pages(1), 0)
+    pair.sender.ahead(ROOM, 0, pages(1), NOW)
     eventually(lambda: pair.receiver.state(ROOM) is ReceiverState.FAILED)
     assert np.array_equal(pair.destination.buffers[0], before)
 
@@ -112,7 +114,7 @@ def test_a_route_that_writes_what_is_computed_lets_nothing_go_ahead() -> None:
     try:
         pair.begin(ROOM, [10])
         assert not pair.sender.goes_ahead(ROOM)
-        pair.sender.ahead(ROOM, 0, pages(1), 0)
+        pair.sender.ahead(ROOM, 0, pages(1), NOW)
         pair.sender.send(ROOM, pages(1), AUX)
         done(pair)
         assert pair.landed([1], [10])
@@ -187,7 +189,7 @@ def test_whatever_goes_ahead_what_was_sent_is_what_lands(shared: _Shared, data: 
             guess = [
                 data.draw(st.sampled_from([page, 1 + page % (LAYOUT.pages - 1)]), "guess") for page in sent[first:until]
             ]
-            pair.sender.ahead(room, first, np.array(guess, np.int32), 0)
+            pair.sender.ahead(room, first, np.array(guess, np.int32), NOW)
         last = end == count
         pair.sender.send(room, np.array(sent[start:end], np.int32), AUX if last else None)
         start = end

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from transfer.layout import PoolLayout
-from transfer.nvlink import Layers, _Table
-
-NO_COUNT: Any = None
+from transfer.nvlink import _Table
 
 
 def table(page_bytes: tuple[int, ...], layers: tuple[tuple[int, ...], ...] | None) -> _Table:
     layout = PoolLayout("m", "bfloat16", 16, page_bytes, (), 9)
     here, there = list(range(0, 1000 * len(page_bytes), 1000)), list(range(7, 1000 * len(page_bytes) + 7, 1000))
-    return _Table.of(layout, here, there, None if layers is None else Layers(NO_COUNT, layers))
+    return _Table.of(layout, here, there, layers)
 
 
 def test_without_layers_everything_is_one() -> None:

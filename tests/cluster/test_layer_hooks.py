@@ -1,0 +1,129 @@
+"""What the hooks make of a batch of SGLang's: which pages are about to be computed, and when that is said.
+
+SGLang's own objects are stood for by ones with the same fields; its `kv_to_page_indices` is real.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+# SGLang warns of what a CPU lacks when it is imported.
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
+
+PAGE, STREAM = 16, 7
+
+
+class Sender:
+    def __init__(self, *, goes: bool = True) -> None:
+        self.goes = goes
+        self.asked_pages: list[int] = []
+        self.went: list[tuple[int, list[int], Any]] = []
+
+    def goes_ahead(self, pages: int, least_bytes: int) -> bool:
+        self.asked_pages.append(pages)
+        return self.goes
+
+    def ahead(self, first_token: int, pages: Any, computed: Any) -> None:
+        self.went.append((first_token, pages.tolist(), computed))
+
+
+class Run:
+    """A scheduler that runs one batch with the hooks around it."""
+
+    def __init__(self, layers: int = 3, *, counts: bool = True) -> None:
+        from engine.forward_passes import ForwardPasses
+        from engine.sglang_layers import LayerHooks
+
+        self.recorded: list[int] = []
+        self.hooks = LayerHooks()
+        self.layers = layers
+        passes = ForwardPasses(
+            [list(range(layers))], lambda event, _stream: self.recorded.append(event), lambda: STREAM
+        )
+        manager = SimpleNamespace(passes=passes if counts else None)
+        self.scheduler = SimpleNamespace(
+            disagg_prefill_bootstrap_queue=SimpleNamespace(kv_manager=manager),
+            enable_overlap=True,
+            forward_stream=SimpleNamespace(cuda_stream=STREAM),
+            token_to_kv_pool_allocator=SimpleNamespace(page_size=PAGE),
+            # Request 0 has the pages 10, 11, …; request 1 the pages 50, 51, ….
+            req_to_token_pool=SimpleNamespace(
+                req_to_token=torch.stack([torch.arange(160, 416), torch.arange(800, 1056)]).to(torch.int32)
+            ),
+        )
+
+    def request(self, row: int, start: int, end: int, prompt: int, sender: Sender, **changes: Any) -> SimpleNamespace:
+        fields: dict[str, Any] = {
+            "req_pool_idx": row,
+            "extend_range": SimpleNamespace(start=start, end=end),
+            "origin_input_ids": [0] * prompt,
+            "disagg_kv_sender": sender,
+            "pending_bootstrap": False,
+        }
+        return SimpleNamespace(**(fields | changes))
+
+    def batch(self, *requests: SimpleNamespace, extend: bool = True, fails: bool = False) -> Any:
+        before = [len(request.disagg_kv_sender.went) for request in requests]
+
+        def original(scheduler: Any, _batch: Any) -> str:
+            for request in requests:
+                self.hooks.about_to_run(None, scheduler, request)
+            for layer in range(self.layers):
+                self.hooks.attention("backend", "q", "k", "v", SimpleNamespace(layer_id=layer), "batch")
+            went = [len(request.disagg_kv_sender.went) for request in requests]
+            assert went == before, "not before all is in the stream"
+            if fails:
+                raise RuntimeError("out of memory")
+            return "result"
+
+        mode = SimpleNamespace(is_extend=lambda: extend)
+        return self.hooks.run_batch(original, self.scheduler, SimpleNamespace(forward_mode=mode))
+
+
+def test_a_whole_prompt_goes_ahead_with_its_last_page_and_each_layer_has_an_event() -> None:
+    run, sender = Run(), Sender()
+    assert run.batch(run.request(0, 0, 100, 100, sender)) == "result"
+    [(first, pages, computed)] = sender.went
+    assert (first, pages, computed.events) == (0, list(range(10, 17)), (0, 1, 2))
+    assert sender.asked_pages == [7]
+
+
+def test_of_a_chunk_the_page_that_it_does_not_fill_stays_and_the_next_one_brings_it() -> None:
+    run, sender = Run(), Sender()
+    run.batch(run.request(1, 0, 40, 100, sender))
+    run.batch(run.request(1, 40, 100, 100, sender))
+    assert [(first, pages) for first, pages, _ in sender.went] == [(0, [50, 51]), (32, [52, 53, 54, 55, 56])]
+
+
+def test_two_requests_of_a_batch_share_its_events() -> None:
+    run, one, two = Run(), Sender(), Sender()
+    run.batch(run.request(0, 0, 64, 64, one), run.request(1, 16, 64, 64, two))
+    assert one.went[0][2] is two.went[0][2]
+    assert two.went[0][:2] == (16, [51, 52, 53])
+
+
+@pytest.mark.parametrize("how", ["small", "not granted", "no GPU", "decode"])
+def test_nothing_is_recorded_where_nothing_goes_ahead(how: str) -> None:
+    run, sender = Run(counts=how != "no GPU"), Sender(goes=how != "small")
+    assert run.batch(run.request(0, 0, 64, 64, sender, pending_bootstrap=how == "not granted"), extend=how != "decode")
+    assert (sender.went, run.recorded) == ([], [])
+
+
+def test_a_pass_that_fails_sends_nothing_and_leaves_nothing_behind() -> None:
+    run, sender, later = Run(), Sender(), Sender()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.batch(run.request(0, 0, 64, 64, sender), fails=True)
+    run.batch(run.request(1, 0, 16, 16, later))
+    assert sender.went == []
+    assert [pages for _, pages, _ in later.went] == [[50]]
+
+
+def test_which_buffers_are_whose() -> None:
+    from engine.sglang_layers import layers_of
+
+    assert layers_of(6, is_mla=False) == ((0, 3), (1, 4), (2, 5))
+    assert layers_of(3, is_mla=True) == ((0,), (1,), (2,))
