@@ -63,6 +63,8 @@ class _Description(msgspec.Struct, frozen=True, array_like=True):
     agent: bytes
     """NIXL's metadata: the agent's name, where its UCX listens, the keys of its memory."""
     memory: Memory
+    device: int
+    """The GPU's number in the landing's process; 0 for DRAM."""
     pages: int
     page_bytes: tuple[int, ...]
     bases: tuple[int, ...]
@@ -121,6 +123,7 @@ class NixlLanding:
         self._description = _Description(
             metadata,
             memory,
+            _device_of(pool, memory),
             pool.layout.pages,
             pool.layout.page_bytes,
             tuple(buffer.ctypes.data for buffer in pool.buffers),
@@ -284,7 +287,8 @@ class _Agent:
                 self._call("create_backend", "UCX", {"ucx_error_handling_mode": "peer"})
             except RouteLost as error:
                 raise RouteLost(f"{error} (UCX on {os.environ['UCX_NET_DEVICES']})") from error
-            regions = [(buffer.ctypes.data, buffer.nbytes, 0) for buffer in self._pool.buffers]
+            device = _device_of(self._pool, self._memory)
+            regions = [(buffer.ctypes.data, buffer.nbytes, device) for buffer in self._pool.buffers]
             self._call("register_memory", np.array(regions, np.uint64), self._memory)
             return bytes(self._call("get_agent_metadata"))
         raise RouteLost(reason)
@@ -294,11 +298,11 @@ class _Agent:
         peer = self._call("add_remote_agent", there.agent)
         bases = [buffer.ctypes.data for buffer in self._pool.buffers]
         layout = self._pool.layout
-        for name, memory, starts, pages in (
-            ("", self._memory, bases, layout.pages),
-            (peer, there.memory, there.bases, there.pages),
+        for name, memory, device, starts, pages in (
+            ("", self._memory, _device_of(self._pool, self._memory), bases, layout.pages),
+            (peer, there.memory, there.device, there.bases, there.pages),
         ):
-            rows = [(start, size, 0, size, pages) for start, size in zip(starts, layout.page_bytes, strict=True)]
+            rows = [(start, size, device, size, pages) for start, size in zip(starts, layout.page_bytes, strict=True)]
             self._prepared.append(self._call("prep_xfer_dlist", name, np.array(rows, np.uint64), memory))
 
     def begin(self, here: npt.NDArray[np.int32], there: npt.NDArray[np.int32]) -> bool:
@@ -401,6 +405,19 @@ def _has_nvidia_gpu() -> bool:
     return False
 
 
+def _device_of(pool: Pool, memory: Memory) -> int:
+    """Number of the GPU on which the pool lies; 0 for DRAM. Raises RouteLost where it lies on none."""
+    if memory == "DRAM":
+        return 0
+    # CUDA's bindings, and a driver: only where there is a GPU.
+    from transfer.cuda import CudaFailed, Device
+
+    try:
+        return Device.of(pool.buffers[0].ctypes.data).number
+    except CudaFailed as error:
+        raise RouteLost(f"nixl: {error}") from error
+
+
 def _descriptors(pages: Pages, layout: PoolLayout) -> npt.NDArray[np.int32]:
     """Their indices in a prepared list, buffer by buffer, as NIXL joins neighbours of one buffer. Raises ValueError."""
     check_range(pages, layout.pages)
@@ -422,6 +439,7 @@ def _checked(description: bytes, layout: PoolLayout, mine: PoolLayout) -> _Descr
         ("page_bytes", layout.page_bytes, there.page_bytes),
         ("pages", layout.pages, there.pages),
         ("bases", len(layout.page_bytes), len(there.bases)),
+        ("device", max(there.device, 0), there.device),
     ):
         if wanted != found:
             raise Unreachable(f"nixl: {field}: wanted {wanted}, found {found}")
