@@ -36,10 +36,10 @@ check: $(READY)  ## lint, types and fast tests, in under two minutes
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q -n 2 -m "not cluster and not thorough and not gpu" $(ARGS)
+	@$(BIN)/pytest -q -n 3 -m "not cluster and not thorough and not gpu" $(ARGS)
 
 fast: $(READY)  ## the fast tests alone
-	@$(BIN)/pytest -q -n 2 -m "not cluster and not thorough and not gpu" $(ARGS)
+	@$(BIN)/pytest -q -n 3 -m "not cluster and not thorough and not gpu" $(ARGS)
 
 format: $(READY)  ## lay the code out
 	@$(BIN)/ruff format .
