@@ -54,6 +54,8 @@ BLOCKS = 32
 """Multiprocessors that a write may take from the prefill that goes on meanwhile."""
 LAUNCH_BYTES = 8 << 20
 """What one launch of a write ahead should copy at least: it takes the courier about as long as the link."""
+WATCH_S = 1e-3
+"""Between two looks at whether all that was begun is done."""
 SPIN_S = 5e-3
 """Looked for without a pause; then every millisecond, as asyncio knows no shorter sleep."""
 _PROCESS = secrets.token_bytes(16)
@@ -138,7 +140,7 @@ class NvlinkTransport:
                 undo.callback(leave.close)
                 mapped, pointers = self._map(address, undo)
                 table = _Table.of(self._pool.layout, self._pointers, pointers, self._layers)
-                job = _Copy(self._device, self._kernels, self._blocks, table, ring)
+                job = _Copy(self._device, self._kernels, self._blocks, table, ring, undo)
             except (*UNDECODABLE, ValueError, NoRing, Withdrawn, CudaFailed) as error:
                 raise Unreachable(f"nvlink: {error}") from error
             undo.pop_all()
@@ -341,10 +343,10 @@ class NvlinkRoute:
         self._watching = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
-        since_s = time.monotonic()
+        """Without haste: only an abort waits for it, and each look takes the interpreter from the scheduler."""
         try:
             while not self._job.idle:
-                await _pause(since_s)
+                await asyncio.sleep(WATCH_S)
         except CudaFailed as error:
             log.error("nvlink: %s", error)
             self._lost = f"nvlink: {error}"
@@ -388,15 +390,21 @@ class _Table:
 class _Copy:
     """The kernel of one route, its stream and its arguments."""
 
-    def __init__(self, device: Device, kernels: list[Any], blocks: int, table: _Table, ring: RingWriter) -> None:
+    def __init__(
+        self, device: Device, kernels: list[Any], blocks: int, table: _Table, ring: RingWriter, undo: ExitStack
+    ) -> None:
+        """undo: takes back what was made, where the rest comes to nothing. Raises CudaFailed."""
         self.ring = ring
         self.table = table
-        self.stream = device.stream()
         self._device = device
         self._kernels = kernels
         self._blocks = blocks
+        self.stream = device.stream()
+        undo.callback(device.destroy_stream, self.stream)
         self._ring_pointer = device.map_host(ring.pointer, SIZE_BYTES)
+        undo.callback(device.unmap_host, ring.pointer)
         self._memory = device.allocate(VECTOR_BYTES + table.rows.nbytes)
+        undo.callback(device.free, self._memory)
         device.upload(self._memory + VECTOR_BYTES, table.rows)
         self._all = range(len(table.rows))
         self._pieces = -(-int(table.rows[:, 2].max()) // PIECE_BYTES)

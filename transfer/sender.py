@@ -191,7 +191,10 @@ class Sender:
             if outgoing.peer.route.ahead is None or not start < end <= len(outgoing.pages):
                 return
             source = np.asarray(pages[start - first :], np.int32)
-            check_range(source, self._me.layout.pages)
+            try:
+                check_range(source, self._me.layout.pages)
+            except ValueError:
+                return  # Whoever sends them fails the room, and says why.
             outgoing.ahead[start:end] = source
             outgoing.ahead_pages = end
             self._courier.call(outgoing.peer.jobs.put_nowait, _WriteAhead(room, source, start, computed))

@@ -94,6 +94,15 @@ def test_what_was_not_granted_does_not_go_ahead(pair: Pair, first: int, count: i
         assert np.array_equal(np.delete(now, [10, 11, 12], axis=0), np.delete(then, [10, 11, 12], axis=0))
 
 
+def test_a_page_that_is_none_does_not_go_ahead_and_fails_its_room_when_it_is_sent(pair: Pair) -> None:
+    pair.begin(ROOM, [10])
+    pair.sender.ahead(ROOM, 0, pages(LAYOUT.pages), NOW)
+    assert pair.sender.state(ROOM) is SenderState.GRANTED
+    pair.sender.send(ROOM, pages(LAYOUT.pages), AUX)
+    assert pair.sender.state(ROOM) is SenderState.FAILED
+    assert str(LAYOUT.pages) in pair.sender.reason(ROOM)
+
+
 def test_nothing_goes_ahead_of_a_room_that_is_not_granted_or_has_ended(pair: Pair) -> None:
     pair.open(ROOM)
     pair.sender.offer(ROOM)
