@@ -49,21 +49,25 @@ class Cell:
 
     def choose(self, seed: int, repetition: int) -> tuple[Pages, Pages]:
         """The source and the destination pages: the same in every process."""
-        chooser = np.random.default_rng((seed, repetition))
-        pool_pages = self.layout.pages
-        if self.order == "random":
-            return permuted(chooser, pool_pages)[: self.pages], permuted(chooser, pool_pages)[: self.pages]
-        first_source, first_destination = chooser.integers(0, pool_pages - self.pages, 2)
-        neighbours = np.arange(self.pages, dtype=np.int32)
-        return neighbours + np.int32(first_source), neighbours + np.int32(first_destination)
+        return choose(self.order, self.pages, self.layout.pages, (seed, repetition))
 
     def everywhere(self) -> tuple[Pages, Pages]:
         """Every page of either pool, to warm up with."""
         chooser = np.random.default_rng(0)
-        return permuted(chooser, self.layout.pages), permuted(chooser, self.layout.pages)
+        return _permuted(chooser, self.layout.pages), _permuted(chooser, self.layout.pages)
 
 
-def permuted(chooser: np.random.Generator, count: int) -> Pages:
+def choose(order: Order, pages: int, pool_pages: int, seed: tuple[int, int]) -> tuple[Pages, Pages]:
+    """So many source and destination pages of pools of this size."""
+    chooser = np.random.default_rng(seed)
+    if order == "random":
+        return _permuted(chooser, pool_pages)[:pages], _permuted(chooser, pool_pages)[:pages]
+    first_source, first_destination = chooser.integers(0, pool_pages - pages, 2)
+    neighbours = np.arange(pages, dtype=np.int32)
+    return neighbours + np.int32(first_source), neighbours + np.int32(first_destination)
+
+
+def _permuted(chooser: np.random.Generator, count: int) -> Pages:
     return chooser.permutation(count).astype(np.int32)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.ways import nixl_raw
-from benchmarks.ways.cell import AUX, Order, permuted, short
+from benchmarks.ways.cell import AUX, Order, choose, short
 from benchmarks.ways.ends import WAIT_S, DecodeEnd, HandOffFailed, PrefillEnd
 from benchmarks.ways.memory import WrongByte
 from benchmarks.ways.product import ProductDecode, ProductPrefill
@@ -69,13 +69,7 @@ class GpuCell:
 
     def choose(self, seed: int, repetition: int) -> tuple[Pages, Pages]:
         """The source and the destination pages: the same in every process."""
-        chooser = np.random.default_rng((seed, repetition))
-        pool_pages = self.layout.pages
-        if self.order == "random":
-            return permuted(chooser, pool_pages)[: self.pages], permuted(chooser, pool_pages)[: self.pages]
-        first_source, first_destination = chooser.integers(0, pool_pages - self.pages, 2)
-        neighbours = np.arange(self.pages, dtype=np.int32)
-        return neighbours + np.int32(first_source), neighbours + np.int32(first_destination)
+        return choose(self.order, self.pages, self.layout.pages, (seed, repetition))
 
     def everywhere(self) -> tuple[Pages, Pages]:
         """As many pages as are timed, to warm up with."""
@@ -322,14 +316,7 @@ class _NixlPrefill:
         starts = np.arange(len(self._layout.page_bytes), dtype=np.int32)[:, None] * np.int32(self._layout.pages)
         here, there = ((starts + pages[None, :]).ravel() for pages in (source, destination))
         transfer = self._agent.make_prepped_xfer("WRITE", self._here, here, self._there, there, b"done")
-        state = self._agent.transfer(transfer)
-        while state == "PROC":
-            if time.monotonic() > began_s + WAIT_S:
-                raise HandOffFailed(f"nixl-raw: not over after {WAIT_S:g} s")
-            state = self._agent.check_xfer_state(transfer)
-        if state != "DONE":
-            raise HandOffFailed(f"nixl-raw: wanted DONE, found {state}")
-        transfer.release()
+        nixl_raw.carry_out(self._agent, transfer)
         return began_s
 
     def close(self) -> None:
@@ -354,11 +341,7 @@ class _NixlDecode:
         pass
 
     def wait(self, room: int) -> float:
-        deadline_s = time.monotonic() + WAIT_S
-        while not self._agent.get_new_notifs():
-            if time.monotonic() > deadline_s:
-                raise HandOffFailed(f"nixl-raw: not over after {WAIT_S:g} s")
-        return time.monotonic()
+        return nixl_raw.wait_for_message(self._agent)
 
     def close(self) -> None:
         del self._agent

@@ -50,14 +50,7 @@ class NixlRawPrefill:
     def send(self, room: int, source: Pages, destination: Pages) -> float:
         began_s = time.monotonic()
         transfer = self._agent.make_prepped_xfer("WRITE", self._local, source, self._remote, destination, _DONE)
-        state = self._agent.transfer(transfer)
-        while state == "PROC":
-            if time.monotonic() > began_s + WAIT_S:
-                raise HandOffFailed(f"nixl-raw: not over after {WAIT_S:g} s")
-            state = self._agent.check_xfer_state(transfer)
-        if state != "DONE":
-            raise HandOffFailed(f"nixl-raw: wanted DONE, found {state}")
-        transfer.release()
+        carry_out(self._agent, transfer)
         return began_s
 
     def close(self) -> None:
@@ -88,14 +81,32 @@ class NixlRawDecode:
         pass
 
     def wait(self, room: int) -> float:
-        deadline_s = time.monotonic() + WAIT_S
-        while not self._agent.get_new_notifs():
-            if time.monotonic() > deadline_s:
-                raise HandOffFailed(f"nixl-raw: not over after {WAIT_S:g} s")
-        return time.monotonic()
+        return wait_for_message(self._agent)
 
     def close(self) -> None:
         del self._agent
+
+
+def carry_out(agent: Any, transfer: Any) -> None:
+    """Spins until it is done. Raises HandOffFailed."""
+    deadline_s = time.monotonic() + WAIT_S
+    state = agent.transfer(transfer)
+    while state == "PROC":
+        if time.monotonic() > deadline_s:
+            raise HandOffFailed(f"nixl-raw: not over after {WAIT_S:g} s")
+        state = agent.check_xfer_state(transfer)
+    if state != "DONE":
+        raise HandOffFailed(f"nixl-raw: wanted DONE, found {state}")
+    transfer.release()
+
+
+def wait_for_message(agent: Any) -> float:
+    """Spins until the peer's word is here. Returns when that was, in monotonic seconds. Raises HandOffFailed."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not agent.get_new_notifs():
+        if time.monotonic() > deadline_s:
+            raise HandOffFailed(f"nixl-raw: not over after {WAIT_S:g} s")
+    return time.monotonic()
 
 
 def _agent(cell: Cell, memory: Bytes) -> tuple[Any, Described]:
