@@ -32,6 +32,7 @@ from engine.launch.cluster import Cluster
 
 POOL_TOKENS = 80_000
 MAX_TOKENS = 4
+LAYERWISE_BYTES = 64 << 20
 CHURN = 150
 """Requests before a pool counts as fragmented."""
 Ask = Callable[[list[int]], Answer]
@@ -82,7 +83,7 @@ def main() -> int:
                 pool_tokens=POOL_TOKENS,
                 flags=flags,
                 monolithic=name == "mono",
-                layerwise=name == "layers",
+                layerwise_bytes=LAYERWISE_BYTES if name == "layers" else None,
             )
             with running(file, state_dir=Path(folder) / name) as cluster:
                 for way, ask in ways(cluster, name).items():

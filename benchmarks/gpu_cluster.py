@@ -33,7 +33,7 @@ def gpu_config(
     pool_tokens: int,
     flags: dict[str, Any],
     monolithic: bool = False,
-    layerwise: bool = True,
+    layerwise_bytes: int | None = None,
 ) -> Path:
     """Writes the cluster file.
 
@@ -54,7 +54,7 @@ def gpu_config(
     elif gpu_count() == 1:
         for group in tree["workers"]:
             group["engine"]["base-gpu-id"] = 0
-    tree["transfer"]["layerwise"] = layerwise
+    tree["transfer"]["layerwise_bytes"] = layerwise_bytes
     with socket.socket() as placeholder:
         placeholder.bind(("127.0.0.1", 0))
         tree["router"]["port"] = placeholder.getsockname()[1]

@@ -92,9 +92,9 @@ class TransferSection(BaseModel):
     """Network devices that nixl uses, as UCX names them: eth0, or mlx5_0:1 for a port of an RDMA card."""
     trusted_devices: tuple[Device, ...] = ()
     """Network devices that only trusted machines reach. nixl uses no others, but for loopback."""
-    layerwise: Annotated[bool, Field(strict=True)] = False
-    """Whether nvlink writes a layer's pages while later layers are computed, rather than all at the end of a pass.
-    Experimental: tried with the transport alone on a GPU, not yet under SGLang."""
+    layerwise_bytes: Annotated[int | None, Field(ge=1, strict=True)] = None
+    """A request that has so much to send, or more, in a forward pass is sent by nvlink layer by layer while later ones
+    are computed, not at the end of the pass. Default: none is. Experimental: not proven under SGLang."""
     timeout_s: Seconds = 60.0
     """A hand-off that has not ended this long after its pages were granted fails."""
     silence_s: Annotated[float, Field(ge=1)] = 2.5

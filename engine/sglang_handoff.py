@@ -156,6 +156,7 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         layers = None if decodes else _layers(spec, pool, server_args, is_mla=bool(is_mla_backend))
         self.passes = None if layers is None else _passes(pool, len(layers))
         """Of a prefill worker whose pages may leave layer by layer."""
+        self.ahead_bytes = spec.layerwise_bytes or 0
         transports = make(
             spec.transports,
             pool,
@@ -251,11 +252,12 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
         event = self.__dict__.pop("_early_send_wait_event", None)
         self._sender.send(self._room, kv_indices, aux, None if event is None else _EventMark(event))
 
-    def goes_ahead(self, pages: int, least_bytes: int) -> bool:
-        """Whether it is worth while to say which pages are about to be computed, so many of them."""
+    def goes_ahead(self, pages: int) -> bool:
+        """Whether it is worth while to say which pages are about to be computed, so many of them: to ask a GPU for
+        their numbers costs the scheduler time, and few are over the link in no time."""
         return (
             not self._refused
-            and pages * self._manager.bytes_per_page >= least_bytes
+            and pages * self._manager.bytes_per_page >= self._manager.ahead_bytes
             and self._sender.goes_ahead(self._room)
         )
 
@@ -382,7 +384,7 @@ def _room_taken(room: int) -> HandoffRefused:
 
 def _layers(spec: WorkerSpec, pool: Pool, server_args: Any, *, is_mla: bool) -> Layers | None:
     """What lets pages leave layer by layer; None where they do not."""
-    if MEMORY[server_args.device] != "VRAM" or "nvlink" not in spec.transports or not spec.layerwise:
+    if MEMORY[server_args.device] != "VRAM" or "nvlink" not in spec.transports or spec.layerwise_bytes is None:
         return None
     if reason := why_whole(server_args):
         log.info("pages leave when a forward pass is over, not layer by layer: %s", reason)

@@ -18,10 +18,6 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from engine.forward_passes import ForwardPasses
 
-AHEAD_BYTES = 64 << 20
-"""A request that has fewer to send is sent when its pass is over: to ask a GPU for its pages costs the scheduler time,
-and the link brings them there in no time."""
-
 
 class LayerHooks:
     """Act where a worker's KV manager has passes to record, which a prefill worker on a GPU has."""
@@ -66,7 +62,7 @@ class LayerHooks:
         if end < len(request.origin_input_ids):
             end -= end % page_tokens
         sender = request.disagg_kv_sender
-        if sender.goes_ahead(-(-(end - start) // page_tokens), AHEAD_BYTES):
+        if sender.goes_ahead(-(-(end - start) // page_tokens)):
             slots = scheduler.req_to_token_pool.req_to_token[request.req_pool_idx, start:end]
             self._going.append((sender, start, kv_to_page_indices(slots, page_tokens)))
 

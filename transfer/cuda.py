@@ -163,7 +163,10 @@ class Device:
         module = self._call(
             "cuModuleLoadData", compiled(source, (*options, f"--gpu-architecture={self._architecture}"))
         )
-        return self._call("cuModuleGetFunction", module, name.encode())
+        function = self._call("cuModuleGetFunction", module, name.encode())
+        # Not when it is first launched, as is usual: that waits for whatever the GPU is doing then.
+        self._call("cuFuncLoad", function)
+        return function
 
     def launch(self, function: Any, blocks: int, threads: int, stream: Any, arguments: npt.NDArray[np.uintp]) -> None:
         """arguments: the address of each of the kernel's parameters; read before this returns"""

@@ -23,7 +23,7 @@ class Sender:
         self.asked_pages: list[int] = []
         self.went: list[tuple[int, list[int], Any]] = []
 
-    def goes_ahead(self, pages: int, least_bytes: int) -> bool:
+    def goes_ahead(self, pages: int) -> bool:
         self.asked_pages.append(pages)
         return self.goes
 

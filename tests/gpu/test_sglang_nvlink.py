@@ -33,12 +33,15 @@ POOL_TOKENS = 16384
 """KV slots of each worker: SGLang would take what another worker of the same GPU has left."""
 
 
-def config(folder: Path, *, monolithic: bool = False) -> ClusterConfig:
+def config(folder: Path, *, monolithic: bool = False, layerwise_bytes: int | None = None) -> ClusterConfig:
     flags = {"disable-cuda-graph": True, "context-length": 4096}
     flags |= yaml.safe_load(os.environ.get("MAINSTEM_GPU_FLAGS", "{}"))
     model = Path(os.environ[MODEL])
     file = folder / "cluster.yaml"
-    return read_cluster(gpu_config(file, model, pool_tokens=POOL_TOKENS, flags=flags, monolithic=monolithic))
+    gpu_config(
+        file, model, pool_tokens=POOL_TOKENS, flags=flags, monolithic=monolithic, layerwise_bytes=layerwise_bytes
+    )
+    return read_cluster(file)
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +63,19 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> list[Reference]:
     return found
 
 
+@pytest.mark.parametrize("layerwise_bytes", [None, 1 << 20], ids=["whole", "layers"])
 def test_outputs_are_the_monolithic_ones_cold_and_cached(
-    references: list[Reference], tmp_path_factory: pytest.TempPathFactory
+    references: list[Reference], tmp_path_factory: pytest.TempPathFactory, layerwise_bytes: int | None
 ) -> None:
     folder = tmp_path_factory.mktemp("pair")
-    with started(config(folder), folder) as cluster:
+    with started(config(folder, layerwise_bytes=layerwise_bytes), folder) as cluster:
         assert differing(cluster, references) == []
         assert differing(cluster, references[:20]) == []
         newest = get_json(cluster.url, "/api/state")["requests"][0]
         handoff = get_json(cluster.url, f"/api/explain/{newest['id']}")["handoff"]
         assert handoff["transport"] == "nvlink", handoff
         assert handoff["failed"] == 0
-        assert ahead_pages(cluster) > 0, "long prompts' pages leave layer by layer"
+        assert (ahead_pages(cluster) > 0) == (layerwise_bytes is not None), "long prompts' pages leave layer by layer"
 
 
 def differing(cluster: Cluster, references: list[Reference]) -> list[int]:
