@@ -29,27 +29,39 @@ class ForwardPasses:
         self._stream: Any = None
         self._done: list[Any] = []
         """The events of this pass's first layers."""
+        self._layer = -1
+        """The last one that was reached."""
+        self._in_order = True
 
     def begin(self, stream: Any) -> None:
         """All of this pass is put into this stream."""
         self._stream, self._done = stream, []
+        self._layer, self._in_order = -1, True
         self._number += 1
 
     def reaches(self, layer: int) -> None:
         """The layers before this one are in the pool once the calling thread's stream comes here.
 
-        A layer that is put into another stream says nothing, and neither does one that comes again.
+        Only where they come one after the other, the first one first. From a layer on that is left out, put into
+        another stream or comes once more after a later one, nothing is known of a layer before the pass is over.
         """
+        if layer == self._layer or not self._in_order:
+            return
+        self._in_order = layer == self._layer + 1 and self._current() == self._stream
         events = self._events
-        if len(self._done) < layer < len(events) and self._current() == self._stream:
+        if not self._in_order or not layer < len(events):
+            return
+        self._layer = layer
+        if layer:
             self._record(events[layer - 1], self._stream)
-            self._done += [events[layer - 1]] * (layer - len(self._done))
+            self._done.append(events[layer - 1])
 
     def end(self) -> Computed:
         """All of it has been put into its stream."""
         events = self._events
+        done = self._done if self._in_order else []
         self._record(events[-1], self._stream)
-        return Computed((*self._done, *[events[-1]] * (len(events) - len(self._done))))
+        return Computed((*done, *[events[-1]] * (len(events) - len(done))))
 
     @property
     def _events(self) -> Sequence[Any]:

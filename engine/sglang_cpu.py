@@ -6,7 +6,6 @@ Each patch stands here with its reason; there is no other place for one.
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 import torch
@@ -22,9 +21,6 @@ ENVIRONMENT = {
     "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
 }
 
-HANDOFF_LOOK_S = 0.002
-"""How often a scheduler that only waits for hand-offs looks at them."""
-
 
 def apply() -> None:
     """Registers the patches. To be called while SGLang loads its plug-ins."""
@@ -35,20 +31,9 @@ def apply() -> None:
     allocator = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator."
     HookRegistry.register(allocator + "alloc_extend", alloc_extend, HookType.REPLACE)
     HookRegistry.register(allocator + "alloc_decode", alloc_decode, HookType.REPLACE)
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.on_idle", leave_the_core, HookType.AFTER)
     # SGLang looks for its CPU kernels by a package that needs AMX. Without it, rotary embedding would import
     # vLLM's CUDA kernel; told that it is on a CPU, it takes its own PyTorch version.
     rotary._is_cpu = True
-
-
-def leave_the_core(_nothing: None, scheduler: Any) -> None:
-    """Sleeps a moment where the scheduler has nothing to compute but waits for a hand-off.
-
-    It would look again at once, and so take a core from the very worker that it waits for: on a CPU, waiting and
-    computing are done by the same cores. Sleeping when there is no request at all is SGLang's own `sleep-on-idle`.
-    """
-    if not scheduler.is_fully_idle():
-        time.sleep(HANDOFF_LOOK_S)
 
 
 def alloc_extend(

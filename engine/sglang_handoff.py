@@ -32,6 +32,7 @@ from engine.forward_passes import PASSES, ForwardPasses
 from engine.sglang_layers import layers_of, why_whole
 from engine.spec import WorkerSpec
 from transfer.auth import ClusterKey
+from transfer.bell import Bell
 from transfer.computed import Computed
 from transfer.deadlines import Deadlines
 from transfer.ended import Ended
@@ -146,6 +147,8 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         self.prefill_info_table = _AnyPrefill()
         self.worker = spec.name
         self.epoch = epoch
+        self.bell = Bell()
+        """Rung when a hand-off has come to another state: the scheduler may sleep until then."""
         self.sender: Sender | None = None
         self.receiver: Receiver | None = None
         pool, self._aux = _pools(args, server_args)
@@ -177,9 +180,18 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
                 transports=transports,
                 deadlines=deadlines,
                 on_end=on_end,
+                on_change=self.bell.ring,
             )
         else:
-            self.sender = Sender(pool, key, worker=spec.name, epoch=epoch, transports=transports, deadlines=deadlines)
+            self.sender = Sender(
+                pool,
+                key,
+                worker=spec.name,
+                epoch=epoch,
+                transports=transports,
+                deadlines=deadlines,
+                on_change=self.bell.ring,
+            )
             self.sender.listen(spec.host, spec.handoff_port)
 
     @property

@@ -62,7 +62,9 @@ class LayerHooks:
         if end < len(request.origin_input_ids):
             end -= end % page_tokens
         sender = request.disagg_kv_sender
-        if sender.goes_ahead(-(-(end - start) // page_tokens)):
+        # A request of SGLang's own, to warm up or to ask for health, has a sender of SGLang's own.
+        goes_ahead = getattr(sender, "goes_ahead", None)
+        if goes_ahead is not None and goes_ahead(-(-(end - start) // page_tokens)):
             slots = scheduler.req_to_token_pool.req_to_token[request.req_pool_idx, start:end]
             self._going.append((sender, start, kv_to_page_indices(slots, page_tokens)))
 

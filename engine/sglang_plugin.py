@@ -11,6 +11,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     decode's own cached prefix    -> not counted as prefill that was saved, sound where the pool runs full
     how far a forward pass is     -> engine.sglang_layers
     one rank asks itself          -> engine.sglang_polls
+    nothing to compute            -> engine.sglang_idle
     no CUDA                       -> engine.sglang_cpu
 """
 
@@ -31,6 +32,7 @@ from sglang.srt.server_args import DISAGG_TRANSFER_BACKEND_CHOICES, add_disagg_t
 from engine import sglang_cpu, sglang_polls, sglang_token_ids
 from engine.outbox import Outbox
 from engine.page_events import PageEvents
+from engine.sglang_idle import IdleHook
 from engine.sglang_layers import LayerHooks
 from engine.spec import EPOCH_VARIABLE, SPEC_VARIABLE, WorkerSpec, page_socket
 from transfer.pool import SharedArena
@@ -60,6 +62,7 @@ def register() -> None:
     HookRegistry.register(events + "_record_remove_event", hooks.removed, HookType.AROUND)
     HookRegistry.register(events + "_record_all_cleared_event", hooks.cleared, HookType.AROUND)
     LayerHooks().register()
+    IdleHook().register()
     sglang_token_ids.register()
     sglang_polls.apply()
     sglang_cpu.apply()

@@ -42,6 +42,8 @@ class DecodeRun:
 
     def steps_by(self, elapsed_s: float) -> int:
         """The least number of steps, at least one, that take so long or longer."""
+        if elapsed_s <= self.first_s:
+            return 1
         # growth / 2 * n^2 + half * n = elapsed
         half = self.first_s - self.growth_s / 2
         guess = 2 * elapsed_s / (half + sqrt(half * half + 2 * self.growth_s * elapsed_s))

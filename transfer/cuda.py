@@ -2,10 +2,14 @@
 
 Everything belongs to the device's primary context, which is the one that torch uses, so that pages
 need no translation. A thread has to be told of it once (`Device.use`).
+
+NVIDIA's bindings let go of Python's interpreter in each call, and a thread that computes may keep it for milliseconds
+then. So what a hand-off calls while it lasts, and what takes microseconds, is called with the interpreter held.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +44,7 @@ class Device:
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
         self.use()
         attribute = self._cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        self._not_ready = int(self._cu.CUresult.CUDA_ERROR_NOT_READY)
         self.multiprocessors: int = self._call("cuDeviceGetAttribute", attribute, self._device)
 
     @classmethod
@@ -131,10 +136,10 @@ class Device:
 
     def idle(self, stream: Any) -> bool:
         """Whether all that was put into the stream is done. Raises CudaFailed where any of it went wrong."""
-        (error,) = self._cu.cuStreamQuery(stream)
-        if error == self._cu.CUresult.CUDA_ERROR_NOT_READY:
+        error = _driver_held().cuStreamQuery(int(stream))
+        if error == self._not_ready:
             return False
-        _check(self._cu, "cuStreamQuery", (error,))
+        self._check_held("cuStreamQuery", error)
         return True
 
     def write_word(self, stream: Any, pointer: int, value: int) -> None:
@@ -152,11 +157,11 @@ class Device:
 
     def record(self, event: Any, stream: Any) -> None:
         """The event is all that has been put into the stream."""
-        self._call("cuEventRecord", event, stream)
+        self._check_held("cuEventRecord", _driver_held().cuEventRecord(int(event), int(stream)))
 
     def wait(self, stream: Any, event: Any) -> None:
         """The stream goes no further until what the event is now is done; one that was never recorded is done."""
-        self._call("cuStreamWaitEvent", stream, event, 0)
+        self._check_held("cuStreamWaitEvent", _driver_held().cuStreamWaitEvent(int(stream), int(event), 0))
 
     def kernel(self, source: str, name: str, options: Sequence[str] = ()) -> Any:
         """A function of this CUDA C++ program. Raises CudaFailed with the compiler's words."""
@@ -170,7 +175,9 @@ class Device:
 
     def launch(self, function: Any, blocks: int, threads: int, stream: Any, arguments: npt.NDArray[np.uintp]) -> None:
         """arguments: the address of each of the kernel's parameters; read before this returns"""
-        self._call("cuLaunchKernel", function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments.ctypes.data, 0)
+        shape = (blocks, 1, 1, threads, 1, 1, 0)
+        error = _driver_held().cuLaunchKernel(int(function), *shape, int(stream), arguments.ctypes.data, None)
+        self._check_held("cuLaunchKernel", error)
 
     @property
     def _architecture(self) -> str:
@@ -183,6 +190,10 @@ class Device:
             )
         )
         return f"sm_{major}{minor}"
+
+    def _check_held(self, name: str, error: int) -> None:
+        if error:
+            _check(self._cu, name, (self._cu.CUresult(error),))
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return _check(self._cu, name, getattr(self._cu, name)(*arguments))
@@ -202,6 +213,18 @@ def _driver() -> Any:
         raise CudaFailed(f"no driver: {str(error).splitlines()[0]}") from error
     _check(driver, "cuInit", initialized)
     return driver
+
+
+@functools.cache
+def _driver_held() -> ctypes.PyDLL:
+    """The same, called without letting go of the interpreter. Only for calls that do not wait."""
+    library = ctypes.PyDLL("libcuda.so.1")
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    library.cuStreamQuery.argtypes = [pointer]
+    library.cuEventRecord.argtypes = [pointer, pointer]
+    library.cuStreamWaitEvent.argtypes = [pointer, pointer, number]
+    library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, *[pointer] * 3]
+    return library
 
 
 @functools.cache

@@ -129,7 +129,16 @@ class NvlinkTransport:
         return NvlinkLanding(handles, tuple(one.size_bytes for one in self._allocations), self._buffers)
 
     async def connect(self, description: bytes, layout: PoolLayout, lanes: Lanes) -> NvlinkRoute:
-        """As the contract says. It waits for CUDA, about ten milliseconds for each allocation."""
+        """As the contract says. CUDA takes about ten milliseconds for each allocation: in a thread of its own."""
+        work = asyncio.ensure_future(asyncio.to_thread(self._connect, description, layout))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(_give_up)
+            raise
+
+    def _connect(self, description: bytes, layout: PoolLayout) -> NvlinkRoute:
+        """Raises Unreachable."""
         self._device.use()
         with ExitStack() as undo:
             try:
@@ -180,7 +189,8 @@ class NvlinkLanding:
             self._expected[tag] = len(pages)
 
     def coming(self, tag: int) -> None:
-        pass
+        """Makes room for more records."""
+        self._look()
 
     def in_place(self, tag: int) -> bool:
         if self._lease is None:
@@ -305,6 +315,12 @@ class NvlinkRoute:
         if self._ended:
             return
         self._ended = True
+        # It may wait for what the GPU computes.
+        await asyncio.to_thread(self.release)
+
+    def release(self) -> None:
+        """Gives back what a route that writes nothing has."""
+        self._device.use()
         try:
             self._job.close()
             for one in self._mapped:
@@ -406,6 +422,8 @@ class _Copy:
         self._memory = device.allocate(VECTOR_BYTES + table.rows.nbytes)
         undo.callback(device.free, self._memory)
         device.upload(self._memory + VECTOR_BYTES, table.rows)
+        # Both went through the default stream, for which this one does not wait.
+        device.synchronize(0)
         self._all = range(len(table.rows))
         self._pieces = -(-int(table.rows[:, 2].max()) // PIECE_BYTES)
         self._start = np.zeros(1, np.uint64)
@@ -457,6 +475,12 @@ class _Copy:
         self._device.destroy_stream(self.stream)
         self._device.free(self._memory)
         self._device.unmap_host(self.ring.pointer)
+
+
+def _give_up(connecting: asyncio.Future[NvlinkRoute]) -> None:
+    """Nobody waits for this route any more."""
+    if connecting.exception() is None:
+        connecting.result().release()
 
 
 async def _pause(since_s: float) -> None:

@@ -121,14 +121,19 @@ class Receiver:
         transports: Sequence[Transport],
         deadlines: Deadlines,
         on_end: Callable[[Ended], None] | None = None,
+        on_change: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """on_end: told of every room's end, on the courier's thread"""
+        """
+        on_end     told of every room's end, on the courier's thread
+        on_change  told whenever a room has come to another state, from any thread; it may not wait
+        """
         self._me = Identity(worker, epoch, key, pool.layout)
         self._aux = aux
         self._transports = transports
         self._deadlines = deadlines
         self._on_end = on_end
+        self._on_change = on_change
         self._clock = clock
         self._lock = threading.Lock()
         self._rooms: dict[int, _Incoming] = {}
@@ -217,6 +222,8 @@ class Receiver:
         before = incoming.state
         step = next_receiver(before, event)
         incoming.state = step.state
+        if step.state is not before and self._on_change is not None:
+            self._on_change()
         if step.state in TERMINAL and before not in TERMINAL and self._on_end is not None:
             self._courier.call(self._on_end, self._account(room, incoming))
         peer = incoming.peer

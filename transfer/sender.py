@@ -131,11 +131,14 @@ class Sender:
         epoch: int,
         transports: Sequence[Transport],
         deadlines: Deadlines,
+        on_change: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """on_change: told whenever a room has come to another state, from any thread; it may not wait"""
         self._me = Identity(worker, epoch, key, pool.layout)
         self._transports = transports
         self._deadlines = deadlines
+        self._on_change = on_change
         self._clock = clock
         self._lock = threading.Lock()
         self._rooms: dict[int, _Outgoing] = {}
@@ -287,8 +290,11 @@ class Sender:
 
     def _step(self, room: int, outgoing: _Outgoing, event: Event, speaker: _Peer | None = None) -> None:
         """speaker: whose message it was; what has to be said about it is said to that one. Raises IllegalEvent."""
-        step = next_sender(outgoing.state, event)
+        before = outgoing.state
+        step = next_sender(before, event)
         outgoing.state = step.state
+        if step.state is not before and self._on_change is not None:
+            self._on_change()
         if step.state in TERMINAL and outgoing.ended_s is None:
             outgoing.ended_s = self._clock()
         listener = speaker or outgoing.peer

@@ -56,7 +56,7 @@ class Run:
             ),
         )
 
-    def request(self, row: int, start: int, end: int, prompt: int, sender: Sender, **changes: Any) -> SimpleNamespace:
+    def request(self, row: int, start: int, end: int, prompt: int, sender: Any, **changes: Any) -> SimpleNamespace:
         fields: dict[str, Any] = {
             "req_pool_idx": row,
             "extend_range": SimpleNamespace(start=start, end=end),
@@ -120,6 +120,13 @@ def test_a_pass_that_fails_sends_nothing_and_leaves_nothing_behind() -> None:
     run.batch(run.request(1, 0, 16, 16, later))
     assert sender.went == []
     assert [pages for _, pages, _ in later.went] == [[50]]
+
+
+def test_requests_with_a_sender_of_sglangs_own_are_left_alone() -> None:
+    run, sender = Run(), Sender()
+    fake = SimpleNamespace(went=[])
+    assert run.batch(run.request(0, 0, 64, 64, fake), run.request(1, 0, 64, 64, sender)) == "result"
+    assert [first for first, _, _ in sender.went] == [0]
 
 
 def test_which_buffers_are_whose() -> None:

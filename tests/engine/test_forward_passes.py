@@ -51,6 +51,23 @@ def test_each_layer_has_its_event_where_all_come_by() -> None:
     assert set(passes.end().events).isdisjoint(events), "the next pass has other ones"
 
 
+@given(st.integers(1, 6), st.data())
+def test_no_event_comes_before_its_layer_in_whatever_order_layers_are_computed(
+    layers: int, data: st.DataObject
+) -> None:
+    """As where a model has its layers run several times, or numbers them otherwise."""
+    stream = Stream()
+    passes = passes_of(stream, layers)
+    order = data.draw(st.lists(st.integers(0, layers - 1), max_size=2 * layers), "order")
+    passes.begin(STREAM)
+    for layer in order:
+        passes.reaches(layer)
+        stream.compute(layer)
+    for layer, event in enumerate(passes.end().events):
+        last = max((number for number, one in enumerate(stream.order) if one == ("layer", layer)), default=-1)
+        assert stream.order.index(("event", event), last + 1) > last
+
+
 @given(st.integers(1, 12), st.data())
 def test_no_event_comes_before_its_layer_whatever_comes_by(layers: int, data: st.DataObject) -> None:
     """Layers that are skipped, come twice, are put into another stream, or are no layer of the pool."""

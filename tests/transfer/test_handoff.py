@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 
 from transfer import handoff
 from transfer.auth import ClusterKey
+from transfer.bell import Bell
 from transfer.deadlines import Deadlines
 from transfer.eager import EagerTransport
 from transfer.ended import Ended
@@ -77,8 +79,15 @@ class Pair:
         self.source = filled(1)
         self.writers = [HeldTransport(one) for one in made(transports, self.source, None)]
         self.eager = [EagerTransport(one) for one in self.writers] if eager else []
+        self.prefill_bell, self.decode_bell = Bell(), Bell()
         self.sender = Sender(
-            self.source, KEY, worker="prefill-0", epoch=1, transports=self.eager or self.writers, deadlines=deadlines
+            self.source,
+            KEY,
+            worker="prefill-0",
+            epoch=1,
+            transports=self.eager or self.writers,
+            deadlines=deadlines,
+            on_change=self.prefill_bell.ring,
         )
         self.port = self.sender.listen("127.0.0.1", 0)
         self.destination, address = SharedArena().pool(layout)
@@ -93,6 +102,7 @@ class Pair:
             transports=made(transports, self.destination, address if sharing else None),
             deadlines=deadlines,
             on_end=self.ended.append,
+            on_change=self.decode_bell.ring,
         )
 
     def open(self, room: int) -> None:
@@ -151,6 +161,35 @@ def test_chunks_land_where_decode_said_and_success_is_its_acknowledgement(pair: 
     assert pair.landed([1, 2, 3, 30, 20], [40, 41, 3, 9, 10])
     assert [bytes(row) for row in pair.aux.views([(1, 1)])] == AUX
     assert pair.sender.sent_bytes(7) == 5 * LAYOUT.bytes_per_page
+
+
+def wait_rung(bell: Bell, side: Sender | Receiver, room: int, wanted: SenderState | ReceiverState) -> None:
+    """As a scheduler waits that looks only when it is rung for."""
+    while side.state(room) is not wanted:
+        ready, _, _ = select.select([bell], [], [], 5.0)
+        assert ready, "the state is another one, or will never be, and nobody rang"
+        bell.silence()
+
+
+def test_whoever_looks_only_when_the_bell_rings_sees_every_state(pair: Pair) -> None:
+    receiver, sender = pair.receiver, pair.sender
+    for room, failing in ((1, False), (2, True), (3, False)):
+        receiver.open(room, "127.0.0.1", pair.port)
+        wait_rung(pair.decode_bell, receiver, room, ReceiverState.READY)
+        sender.offer(room)
+        receiver.grant(room, pages(room, 10 + room), 1, 0)
+        wait_rung(pair.prefill_bell, sender, room, SenderState.GRANTED)
+        sender.send(room, pages(1))
+        if failing:
+            sender.fail(room, "request aborted")
+            wait_rung(pair.decode_bell, receiver, room, ReceiverState.FAILED)
+        else:
+            sender.send(room, pages(2), AUX)
+            wait_rung(pair.decode_bell, receiver, room, ReceiverState.DONE)
+            wait_rung(pair.prefill_bell, sender, room, SenderState.DONE)
+    sender.close()
+    receiver.open(4, "127.0.0.1", pair.port)
+    wait_rung(pair.decode_bell, receiver, 4, ReceiverState.FAILED)
 
 
 def test_only_the_pages_that_were_granted_are_written(pair: Pair) -> None:
@@ -584,6 +623,7 @@ import sys, time
 import numpy as np
 sys.path.insert(0, {root!r})
 from transfer.auth import ClusterKey
+from transfer.bell import Bell
 from transfer.deadlines import Deadlines
 from transfer.eager import EagerTransport
 from transfer.held import HeldTransport
@@ -619,6 +659,7 @@ PREFILL_PROCESS = """
 import sys, time
 sys.path.insert(0, {root!r})
 from transfer.auth import ClusterKey
+from transfer.bell import Bell
 from transfer.deadlines import Deadlines
 from transfer.layout import PoolLayout
 from transfer.pool import Pool
