@@ -3,7 +3,8 @@
 The same flags, the same run, prompts as token ids on every side, each prompt new. `mono` asks the one worker; `direct`
 sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `whole` is a pair
 whose pages leave once a forward pass is over instead of layer by layer. "8 x" is eight requests at once: the median is
-over all of them. "fragmented": after many requests of all lengths, so that pages lie anywhere.
+over all of them. "fragmented": after many requests of all lengths, so that pages lie anywhere. Below the table: where
+the time went inside the workers, by SGLang's own clock.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import statistics
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from benchmarks.client import Answer, complete
 from benchmarks.gpu_cluster import gpu_config, gpu_count
 from benchmarks.legs import direct
 from benchmarks.reference import VOCABULARY
+from benchmarks.time_stats import FLAG, medians_ms, read
 from engine.launch.cluster import Cluster
 
 POOL_TOKENS = 80_000
@@ -55,6 +58,7 @@ CELLS = (
     Cell(8192),
     Cell(32768),
     Cell(1024, at_once=8),
+    Cell(8192, at_once=8),
     Cell(8192, fragmented=True),
     Cell(1024, at_once=8, fragmented=True),
 )
@@ -66,37 +70,80 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="a model's folder; its config and tokenizer will do")
     parser.add_argument("--flags", type=yaml.safe_load, default={}, help="more of SGLang's flags, as YAML")
     parser.add_argument("--repeats", type=int, default=7, help="of every cell (default 7)")
-    parser.add_argument("--skip-whole", action="store_true", help="only the pair that streams layer by layer")
+    parser.add_argument(
+        "--clusters",
+        default="mono,layers whole",
+        help="what is up at the same time, and what after it: as memory allows (default: mono,layers whole)",
+    )
+    parser.add_argument("--keep", type=Path, help="a folder in which logs stay")
     options = parser.parse_args()
     if not gpu_count():
         report.progress("added_ttft: wanted a GPU, found none")
         return 2
-    flags = {"context-length": 40_000, **options.flags}
+    flags = {"context-length": 40_000, FLAG: True, **options.flags}
     times: Times = {}
     ahead: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "cluster.yaml"
-        for name in ("mono", "layers") if options.skip_whole else ("mono", "layers", "whole"):
-            gpu_config(
-                file,
-                options.model.resolve(),
-                pool_tokens=POOL_TOKENS,
-                flags=flags,
-                monolithic=name == "mono",
-                layerwise_bytes=LAYERWISE_BYTES if name == "layers" else None,
-            )
-            with running(file, state_dir=Path(folder) / name) as cluster:
-                for way, ask in ways(cluster, name).items():
-                    measure(way, ask, options.repeats, times)
-                ahead[name] = ahead_pages(cluster)
+    inside: dict[str, dict[int, Any]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        for names in (group.split(",") for group in options.clusters.split()):
+            files = {name: config(folder / name, name, options.model.resolve(), flags) for name in names}
+            with all_running(files) as clusters:
+                for name, cluster in clusters.items():
+                    for way, ask in ways(cluster, name).items():
+                        measure(way, ask, options.repeats, times)
+                    ahead[name] = ahead_pages(cluster)
+            for name in names:
+                inside[name] = inside_workers(folder / name)
     results = [row(cell, way, times) for cell in CELLS for way in dict.fromkeys(way for way, _ in times)]
     link = "two GPUs" if gpu_count() > 1 else "one GPU for both workers: no link is crossed"
-    result = {"gpus": machine.gpus(), "between": link, "flags": flags, "ahead_pages": ahead, "results": results}
+    result = {
+        "gpus": machine.gpus(),
+        "between": link,
+        "flags": flags,
+        "ahead_pages": ahead,
+        "inside_workers_ms": inside,
+        "results": results,
+    }
     columns = {"tokens": "cell", "way": "way", "TTFT p50 ms": "ttft_ms", "p90": "p90_ms", "added ms": "added_ms"}
     report.publish(result, tuple(columns), [[one[key] for key in columns.values()] for one in results], options.json)
     if not options.json:
         print(f"{', '.join(machine.gpus())}; {link}; pages that left ahead: {ahead}")
+        for name, by_tokens in inside.items():
+            for tokens, spans in by_tokens.items():
+                print(f"{name}, {tokens} tokens: {spans}")
     return 0
+
+
+@contextmanager
+def all_running(files: dict[str, Path]) -> Iterator[dict[str, Cluster]]:
+    """Clusters that are started at the same time. Raises what a start raises."""
+    runs = {name: running(file, state_dir=file.parent) for name, file in files.items()}
+    with ThreadPoolExecutor(len(runs)) as threads, ExitStack() as up:
+        starting = {name: threads.submit(run.__enter__) for name, run in runs.items()}
+        wait(starting.values())
+        for name, one in starting.items():
+            if one.exception() is None:
+                up.push(runs[name])
+        yield {name: one.result() for name, one in starting.items()}
+
+
+def config(folder: Path, name: str, model: Path, flags: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return gpu_config(
+        folder / "cluster.yaml",
+        model,
+        pool_tokens=POOL_TOKENS,
+        flags=flags,
+        monolithic=name == "mono",
+        layerwise_bytes=LAYERWISE_BYTES if name == "layers" else None,
+    )
+
+
+def inside_workers(folder: Path) -> dict[int, Any]:
+    """Medians by prompt length, role and span."""
+    stats = [one for file in folder.glob("*/logs/*.log") for one in read(file.read_text(errors="replace").splitlines())]
+    return {cell.tokens: medians_ms(stats, cell.tokens) for cell in CELLS}
 
 
 def ways(cluster: Cluster, name: str) -> dict[str, Ask]:

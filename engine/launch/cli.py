@@ -237,7 +237,8 @@ def worker(spec: SpecOption, parent: ParentOption = None, program: ProgramOption
     told = WorkerSpec.read(_spec(spec))
     os.environ.update(told.environment)
     chosen = program_named(program)
-    raise typer.Exit(run_to_end(lambda: chosen.run_worker(told)))
+    # At once, as one that was forked: Python would wait for SGLang's other processes, which end after this one.
+    os._exit(run_to_end(lambda: chosen.run_worker(told)))
 
 
 @app.command()

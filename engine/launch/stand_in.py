@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from router.config import RouterSpec
 
 RENEW_S = 0.2
-_CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
 
 def import_engine() -> None:
@@ -73,7 +72,9 @@ def run_worker(spec: WorkerSpec) -> None:
         print(f"RuntimeError: told to end with code {code}", file=sys.stderr)
         sys.exit(int(code))
     if os.environ.get("STAND_IN_CHILD"):
-        child = subprocess.Popen([sys.executable, "-c", _CHILD])
+        # Python waits for it when it ends by itself, as for SGLang's processes.
+        child = multiprocessing.get_context("fork").Process(target=_outlive)
+        child.start()
         Path(spec.run_dir, "child.pid").write_text(str(child.pid))
     if not os.environ.get("STAND_IN_MUTE"):
         threading.Thread(target=_register_for_ever, args=(spec, time.time_ns()), daemon=True).start()
@@ -94,6 +95,11 @@ class _Quiet(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: looks of the launcher are no news."""
+
+
+def _outlive() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
 
 
 def _serve_until_terminated(server: ThreadingHTTPServer) -> None:

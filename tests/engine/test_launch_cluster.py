@@ -244,6 +244,17 @@ def test_after_a_stop_no_process_is_left_and_its_ports_are_free(way: str, model:
     assert not cluster.plan.folders.run.exists()
 
 
+@BOTH_WAYS
+def test_one_that_ends_by_itself_waits_for_nothing_that_it_has_started(model: Path, state_dir: Path, way: str) -> None:
+    workers = "[{role: both, environment: {STAND_IN_CHILD: 1}}]"
+    with start(cluster_file(model, f"start: {way}, stop_timeout_s: 600", workers), state_dir) as cluster:
+        cluster.wait_ready()
+        members = group_members(cluster.workers["both-0"])
+        cluster.ask_stop()
+        assert cluster.wait_over(DEADLINE_S)
+    assert not any(Identity.of(pid) for pid in members)
+
+
 def test_one_that_ignores_the_wish_to_end_is_killed_with_all_it_started(model: Path, state_dir: Path) -> None:
     workers = "[{role: both, environment: {STAND_IN_DEAF: 1, STAND_IN_CHILD: 1}}]"
     with start(cluster_file(model, "start: fork, stop_timeout_s: 0.3", workers), state_dir) as cluster:
