@@ -255,7 +255,10 @@ LAYERED = ((128 << 10,) * 8, ((0, 4), (1, 5), (2, 6)))
 
 
 class Pass:
-    """A forward pass, all of it in its stream, that computes a layer when it is told to."""
+    """A forward pass, all of it in its stream, that computes a layer when it is told to.
+
+    Once it is there no memory is allocated and no kernel loaded: CUDA may wait for all streams then.
+    """
 
     def __init__(self, device: Device, layers: int) -> None:
         self._device = device
@@ -263,12 +266,11 @@ class Pass:
         self._word = np.frombuffer(self._memory, np.uint32)[:1]
         pointer = device.map_host(int(self._word.ctypes.data), mmap.PAGESIZE)
         self._stream = device.stream()
-        events = []
-        for layer in range(1, layers + 1):
+        events = tuple(device.event() for _ in range(layers))
+        for layer, event in enumerate(events, start=1):
             device.wait_for_word(self._stream, pointer, layer)
-            events.append(device.event())
-            device.record(events[-1], self._stream)
-        self.computed = Computed(tuple(events))
+            device.record(event, self._stream)
+        self.computed = Computed(events)
 
     def compute(self, layers: int) -> None:
         """So many of them."""
@@ -287,8 +289,8 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_a_layer_leaves_once_it_is_computed_and_not_before(device: Device) -> None:
     async def work() -> None:
         page_bytes, layers = LAYERED
-        computing = Pass(device, len(layers))
         async with joined(device, page_bytes, 200, layers=layers) as (ends, landing, route):
+            computing = Pass(device, len(layers))
             source, destination = some(150, 200, 1), some(150, 205, 2)
             landing.expect(5, destination)
             assert route.ahead is not None
@@ -313,7 +315,7 @@ def test_a_layer_leaves_once_it_is_computed_and_not_before(device: Device) -> No
             await route.ahead.confirm(5, 150)
             await landing.landed(5)
             ends.check(source, destination)
-        computing.close()
+            computing.close()
 
     run(work())
 
@@ -321,8 +323,8 @@ def test_a_layer_leaves_once_it_is_computed_and_not_before(device: Device) -> No
 def test_a_page_that_is_written_again_after_it_went_ahead_is_the_later_one(device: Device) -> None:
     async def work() -> None:
         page_bytes, layers = LAYERED
-        computing = Pass(device, len(layers))
         async with joined(device, page_bytes, 200, layers=layers) as (ends, landing, route):
+            computing = Pass(device, len(layers))
             guessed, source, destination = some(150, 200, 1), some(150, 200, 3), some(150, 205, 2)
             landing.expect(5, destination)
             assert route.ahead is not None
@@ -334,7 +336,7 @@ def test_a_page_that_is_written_again_after_it_went_ahead_is_the_later_one(devic
             computing.compute(3)
             await landing.landed(5)
             ends.check(source, destination)
-        computing.close()
+            computing.close()
 
     run(work())
 
