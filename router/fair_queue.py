@@ -60,11 +60,13 @@ class FairQueue:
     def enter(self, tenant: str, tokens: int) -> tuple[Waiting, Waiting | None]:
         """A request has to wait. Returns its place, and a request that lost its own to it. Raises Full."""
         pushed_out = self._make_room(tenant) if self._length >= self._limit else None
-        start = max(self._now, self._ends.get(tenant, 0.0))
+        mine = self._of.setdefault(tenant, deque())
+        # Never before one of its own that waits: what another gave back is used up behind those.
+        start = max(self._now, self._ends.get(tenant, 0.0), mine[-1].start if mine else 0.0)
         self._number += 1
         waiting = Waiting(tenant, tokens, start, self._number)
         self._ends[tenant] = start + tokens
-        self._of.setdefault(tenant, deque()).append(waiting)
+        mine.append(waiting)
         self._length += 1
         heapq.heappush(self._heap, waiting)
         return waiting, pushed_out
@@ -89,7 +91,7 @@ class FairQueue:
         if served:
             self._now = max(self._now, waiting.start)
         elif rest:
-            # Those behind it need not wait for what it did not take.
+            # The next one need not wait for what it did not take.
             self._ends[waiting.tenant] -= waiting.tokens
         if not rest:
             del self._of[waiting.tenant]

@@ -62,6 +62,16 @@ def test_a_queue_without_places_takes_nobody() -> None:
         FairQueue(0).enter("a", 1)
 
 
+def test_one_that_gives_up_lets_nobody_overtake_its_tenants_others() -> None:
+    queue = FairQueue(10)
+    queue.enter("a", 1)
+    first, second, third = (queue.enter("b", tokens)[0] for tokens in (5, 1, 1))
+    queue.leave(first, served=False)
+    fourth, _ = queue.enter("b", 1)
+    served(queue)
+    assert [served(queue) for _ in range(3)] == [second, third, fourth]
+
+
 STEP = st.tuples(st.sampled_from("abc"), st.integers(1, 50), st.sampled_from(["enter", "serve", "give up"]))
 
 
