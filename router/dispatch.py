@@ -218,7 +218,7 @@ class Dispatcher:
             raise error
 
     async def _render(self, request: ClientRequest) -> Prompt:
-        if len(request.raw) <= RENDER_INLINE_BYTES:
+        if len(request.raw) <= RENDER_INLINE_BYTES or isinstance(request.body.get("prompt"), list):
             return render(self._renderer, request)
         return await asyncio.to_thread(render, self._renderer, request)
 

@@ -155,13 +155,16 @@ class Renderer:
         return Rendered(ids)
 
     def completion(self, body: Json) -> Rendered:
-        """The prompt of a completion request: one text, or one list of ids. Raises Unrenderable."""
+        """The prompt of a completion request: one text, or one list of ids, which is returned as it is.
+
+        The ids are taken for ids (router.openai.read checks them). Raises Unrenderable.
+        """
         _check_shared(body)
         prompt = body["prompt"]
         if isinstance(prompt, str):
             return Rendered(self._encode(prompt, special=True))
-        if isinstance(prompt, list) and all(type(token) is int for token in prompt):
-            return Rendered(list(prompt))
+        if isinstance(prompt, list) and prompt and type(prompt[0]) is int:
+            return Rendered(prompt)
         raise Unrenderable("a batch of prompts")
 
     def _checked_arguments(self, arguments: Json) -> Json:

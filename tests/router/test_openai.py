@@ -162,6 +162,52 @@ def test_what_is_not_json_is_refused(sent: bytes) -> None:
         read(Endpoint.CHAT, sent, "m")
 
 
+PIECES = [
+    *'{}[]:,"-+.eE0159 \n\t\\/tfnau',
+    *(
+        "true",
+        "null",
+        "NaN",
+        "Infinity",
+        "1e400",
+        "-0",
+        "\\u00e9",
+        "\\ud83d",
+        "\\ude42",
+        "\U0001f642",
+        '"a":',
+        "\x00",
+        "\x7f",
+    ),
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | values.map(json.dumps))
+def test_a_body_is_what_pythons_parser_makes_of_it_as_the_engines_does(text: str) -> None:
+    sent = f'{{"model": "m", "prompt": "x", "seed": {text}}}'
+    try:
+        wanted = json.loads(sent)
+    except ValueError:
+        with pytest.raises(ApiError, match="body: wanted JSON"):
+            read(Endpoint.COMPLETIONS, sent.encode(), "m")
+        return
+    assert repr(read(Endpoint.COMPLETIONS, sent.encode(), "m").body) == repr(wanted)
+
+
+def test_ids_that_the_client_sent_are_not_sent_twice() -> None:
+    request = read(Endpoint.COMPLETIONS, raw({"model": "m", "prompt": [5, 6, 7]}), "m")
+    mine = request.body["prompt"]
+    assert leg_body(request, "r", mine, ROOM, keep_stream=True).count(b"prompt") == 1
+    longer = leg_body(request, "r", [*mine, 8], ROOM, keep_stream=True)
+    assert json.loads(longer)["prompt"] == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, -1, 2**32, None, "7", 2**70])
+def test_a_prompt_with_something_else_between_its_ids_is_refused(wrong: Any) -> None:
+    with pytest.raises(ApiError, match="prompt: wanted token ids"):
+        read(Endpoint.COMPLETIONS, raw({"model": "m", "prompt": [1, wrong, 2**32 - 1]}), "m")
+
+
 def test_a_huge_body_is_refused() -> None:
     with pytest.raises(ApiError) as caught:
         read(Endpoint.CHAT, b" " * (MAX_BODY_BYTES + 1), "m")

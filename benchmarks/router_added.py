@@ -1,0 +1,208 @@
+"""What the router adds to a first token's time, by the prompt's length: a real router, workers that compute nothing.
+
+    python -m benchmarks.router_added [--json] [--model NAME]
+
+Router, workers and client are a process each. The workers are simulated: a prefill worker answers once it has read the
+request, a decode worker sends its tokens once prefill has answered. `direct` sends both legs by hand, as the router
+does; `added` is the router's median minus that. Token ids are the client's own; a chat is text that the router renders,
+which the simulated workers do not: there `rendering` is a part of what is added, and an engine is spared it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import multiprocessing
+import random
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.bench_cluster import LOCAL_CPU, run_main
+from benchmarks.client import Answer, ask, get_json
+from benchmarks.words import sentence
+from engine.config import read_cluster
+from engine.model import choose_model
+from router import server
+from router.config import RouterSection, RouterSpec
+from router.fake_worker import FakeWorker, Handoffs
+from router.openai import Endpoint, read
+from router.planner import render
+from router.render import Renderer
+from transfer.auth import ClusterKey
+
+MODEL = "simulated"
+LENGTHS = (64, 1024, 8192, 32768)
+MAX_TOKENS = 2
+WITHIN_S = 60.0
+ROOM = itertools.count(1)
+
+
+def main() -> int:
+    parser = report.arguments(__doc__ or "")
+    report.model_argument(parser)
+    parser.add_argument("--repeats", type=int, default=25, help="of every cell (default 25)")
+    options = parser.parse_args()
+    model = read_cluster(LOCAL_CPU).model
+    folder = choose_model(model.path, model.served_name, options.model).path
+    with tempfile.TemporaryDirectory(prefix="mainstem-router-") as temporary:
+        key_file = Path(temporary) / "key"
+        ClusterKey.generate().write(key_file)
+        with router(folder, key_file) as url, workers(key_file, url) as ports:
+            results = [
+                row(kind, length, url, ports, options.repeats, folder) for kind in ("ids", "chat") for length in LENGTHS
+            ]
+    columns = {
+        "prompt": "kind",
+        "tokens": "tokens",
+        "direct ms": "direct_ms",
+        "router ms": "router_ms",
+        "added ms": "added_ms",
+        "rendering ms": "rendering_ms",
+    }
+    rows = [[one[key] for key in columns.values()] for one in results]
+    report.publish({"repeats": options.repeats, "results": results}, tuple(columns), rows, options.json)
+    return 0
+
+
+def row(kind: str, length: int, url: str, ports: tuple[int, int], repeats: int, folder: Path) -> dict[str, Any]:
+    endpoint, fields, tokens, rendering_ms = _prompt(kind, length, folder)
+    body = {"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0, **fields}
+    direct_s, router_s = [], []
+    for number in range(repeats + 3):
+        through = [_first_s(_direct(ports, endpoint, body)), _first_s(ask(url, endpoint, body))]
+        if number >= 3:  # The first ones open connections.
+            direct_s.append(through[0])
+            router_s.append(through[1])
+    direct_ms, router_ms = 1e3 * statistics.median(direct_s), 1e3 * statistics.median(router_s)
+    report.progress(f"  {kind}, {tokens} tokens: {direct_ms:.1f} ms, {router_ms:.1f} ms by the router")
+    return {
+        "kind": kind,
+        "tokens": tokens,
+        "direct_ms": round(direct_ms, 2),
+        "router_ms": round(router_ms, 2),
+        "added_ms": round(router_ms - direct_ms, 2),
+        "rendering_ms": rendering_ms,
+    }
+
+
+def _prompt(kind: str, length: int, folder: Path) -> tuple[str, dict[str, Any], int, float]:
+    """Endpoint, fields, tokens, and how long the router's rendering takes by itself."""
+    if kind == "ids":
+        chooser = random.Random(length)
+        endpoint = Endpoint.COMPLETIONS
+        fields: dict[str, Any] = {"prompt": [chooser.randrange(1000, 20000) for _ in range(length)]}
+    else:
+        endpoint = Endpoint.CHAT
+        fields = {"messages": [{"role": "user", "content": sentence(length, length)}]}
+    request = read(endpoint, json.dumps({"model": MODEL, **fields}).encode(), MODEL)
+    renderer = Renderer.load(folder)
+    took_s = []
+    for _ in range(5):
+        began_s = time.perf_counter()
+        prompt = render(renderer, request)
+        took_s.append(time.perf_counter() - began_s)
+    return endpoint.value, fields, prompt.tokens, round(1e3 * min(took_s), 2)
+
+
+def _first_s(answer: Answer) -> float:
+    if answer.first_s is None or answer.error:
+        raise SystemExit(f"router_added: wanted a token, found {answer.status} {answer.error}")
+    return answer.first_s
+
+
+def _direct(ports: tuple[int, int], path: str, body: dict[str, Any]) -> Answer:
+    """Both legs by hand, the prefill one in a thread."""
+    prefill, decode = ports
+    legs = {"rid": f"{next(ROOM):032x}", "bootstrap_host": "127.0.0.1", "bootstrap_port": prefill}
+    sent = {**body, **legs, "bootstrap_room": next(ROOM)}
+    other = threading.Thread(target=ask, args=(f"http://127.0.0.1:{prefill}", path, sent))
+    other.start()
+    answer = ask(f"http://127.0.0.1:{decode}", path, sent)
+    other.join()
+    return answer
+
+
+@contextmanager
+def router(folder: Path, key_file: Path) -> Iterator[str]:
+    """As the launcher runs it."""
+    with socket.socket() as placeholder:
+        placeholder.bind(("127.0.0.1", 0))
+        port = placeholder.getsockname()[1]
+    section = RouterSection(host="127.0.0.1", port=port)
+    spec = RouterSpec(section=section, model=MODEL, model_path=folder, key_file=key_file, cluster="added")
+    with _process(server.run, spec):
+        url, deadline_s = f"http://127.0.0.1:{port}", time.monotonic() + WITHIN_S
+        while True:
+            with suppress(OSError):
+                get_json(url, "/health")
+                break
+            if time.monotonic() > deadline_s:
+                raise SystemExit("router_added: the router did not start")
+            time.sleep(0.1)
+        yield url
+
+
+@contextmanager
+def workers(key_file: Path, url: str) -> Iterator[tuple[int, int]]:
+    """Their HTTP ports, prefill's and decode's."""
+    mine, its = multiprocessing.Pipe()
+    with _process(_run_workers, its, key_file, url):
+        if not mine.poll(WITHIN_S):
+            raise SystemExit("router_added: the workers did not start")
+        yield mine.recv()
+
+
+@contextmanager
+def _process(work: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.join(10)
+        process.kill()
+
+
+def _run_workers(connection: Connection, key_file: Path, url: str) -> None:
+    asyncio.run(_serve_workers(connection, key_file, url))
+
+
+async def _serve_workers(connection: Connection, key_file: Path, url: str) -> None:
+    handoffs = Handoffs()
+    workers = [
+        FakeWorker(
+            role,
+            role,
+            ClusterKey.read(key_file),
+            handoffs,
+            model=MODEL,
+            page_tokens=64,
+            max_context_tokens=1 << 20,
+            capacity_tokens=1 << 24,
+            lease_s=30.0,
+        )
+        for role in ("prefill", "decode")
+    ]
+    for worker in workers:
+        await worker.start()
+        await worker.register(url)
+        worker.renew(url, 1.0)
+    await asyncio.sleep(1)
+    connection.send(tuple(int(worker.url.rpartition(":")[2]) for worker in workers))
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
