@@ -3,8 +3,9 @@
 The same flags, the same run, prompts as token ids on every side, each prompt new. `mono` asks the one worker; `direct`
 sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `whole` is a pair
 whose pages leave once a forward pass is over instead of layer by layer. "8 x" is eight requests at once: the median is
-over all of them. "fragmented": after many requests of all lengths, so that pages lie anywhere. Below the table: where
-the time went inside the workers, by SGLang's own clock.
+over all of them. "fragmented": after many requests of all lengths, so that pages lie anywhere. By the router also where
+the time of the hand-offs went: until decode had found pages, until prefill had computed them, and handing them over.
+Below the table: where the time went inside the workers, by SGLang's own clock.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,7 +28,7 @@ import yaml
 
 from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main, running
-from benchmarks.client import Answer, complete
+from benchmarks.client import Answer, complete, get_json
 from benchmarks.gpu_cluster import gpu_config, gpu_count
 from benchmarks.legs import direct
 from benchmarks.reference import VOCABULARY
@@ -63,6 +65,11 @@ CELLS = (
     Cell(1024, at_once=8, fragmented=True),
 )
 Times = dict[tuple[str, Cell], list[float]]
+SPANS = ("opening_s", "computing_s", "handover_s")
+Handoffs = dict[tuple[str, Cell], dict[str, float]]
+"""Medians over a cell's hand-offs."""
+TOLD_S = 0.3
+"""How long a decode worker may take to tell of a hand-off's end."""
 
 
 def main() -> int:
@@ -82,6 +89,7 @@ def main() -> int:
         return 2
     flags = {"context-length": 40_000, FLAG: True, **options.flags}
     times: Times = {}
+    handoffs: Handoffs = {}
     ahead: dict[str, int] = {}
     inside: dict[str, dict[int, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -91,11 +99,12 @@ def main() -> int:
             with all_running(files) as clusters:
                 for name, cluster in clusters.items():
                     for way, ask in ways(cluster, name).items():
-                        measure(way, ask, options.repeats, times)
+                        told = handoffs if way.endswith("router") else None
+                        measure(way, ask, options.repeats, times, cluster.url, told)
                     ahead[name] = ahead_pages(cluster)
             for name in names:
                 inside[name] = inside_workers(folder / name)
-    results = [row(cell, way, times) for cell in CELLS for way in dict.fromkeys(way for way, _ in times)]
+    results = [row(cell, way, times, handoffs) for cell in CELLS for way in dict.fromkeys(way for way, _ in times)]
     link = "two GPUs" if gpu_count() > 1 else "one GPU for both workers: no link is crossed"
     result = {
         "gpus": machine.gpus(),
@@ -106,7 +115,9 @@ def main() -> int:
         "results": results,
     }
     columns = {"tokens": "cell", "way": "way", "TTFT p50 ms": "ttft_ms", "p90": "p90_ms", "added ms": "added_ms"}
-    report.publish(result, tuple(columns), [[one[key] for key in columns.values()] for one in results], options.json)
+    columns |= {"finding pages": "opening_ms", "computing": "computing_ms", "handing over": "handover_ms"}
+    rows = [[one.get(key, "") for key in columns.values()] for one in results]
+    report.publish(result, tuple(columns), rows, options.json)
     if not options.json:
         print(f"{', '.join(machine.gpus())}; {link}; pages that left ahead: {ahead}")
         for name, by_tokens in inside.items():
@@ -160,8 +171,12 @@ def ways(cluster: Cluster, name: str) -> dict[str, Ask]:
     }
 
 
-def measure(way: str, ask: Ask, repeats: int, times: Times) -> None:
-    """Every cell of one way, its first requests unmeasured. Raises SystemExit where one fails."""
+def measure(way: str, ask: Ask, repeats: int, times: Times, url: str, handoffs: Handoffs | None) -> None:
+    """Every cell of one way, its first requests unmeasured. Raises SystemExit where one fails.
+
+    url       the router's
+    handoffs  also what it was told of these requests' hand-offs
+    """
     # Another seed for each way: a cached prompt would be another measurement.
     chooser = random.Random(way)
     with ThreadPoolExecutor(max(cell.at_once for cell in CELLS)) as threads:
@@ -184,7 +199,17 @@ def measure(way: str, ask: Ask, repeats: int, times: Times) -> None:
                     once(chooser.randint(64, 2500), 4)
             measured = [once(cell.tokens, cell.at_once) for _ in range(repeats)]
             times[way, cell] = list(itertools.chain(*measured))
+            if handoffs is not None:
+                handoffs[way, cell] = spans_of_newest(url, len(times[way, cell]))
             report.progress(f"  {way}, {cell} tokens: {1e3 * statistics.median(times[way, cell]):.1f} ms")
+
+
+def spans_of_newest(url: str, count: int) -> dict[str, float]:
+    time.sleep(TOLD_S)
+    newest = get_json(url, "/api/state")["requests"][:count]
+    told = [get_json(url, f"/api/explain/{one['id']}")["handoff"] for one in newest]
+    known = [one for one in told if one and one["handover_s"] is not None]
+    return {span: statistics.median(one[span] for one in known) for span in SPANS} if known else {}
 
 
 def ahead_pages(cluster: Cluster) -> int:
@@ -194,7 +219,8 @@ def ahead_pages(cluster: Cluster) -> int:
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith("mainstem_handoff_ahead_pages_total"))
 
 
-def row(cell: Cell, way: str, times: Times) -> dict[str, Any]:
+def row(cell: Cell, way: str, times: Times, handoffs: Handoffs) -> dict[str, Any]:
+    spans = {f"{span[:-2]}_ms": round(1e3 * value, 2) for span, value in handoffs.get((way, cell), {}).items()}
     taken = sorted(times[way, cell])
     p50 = statistics.median(taken)
     return {
@@ -207,6 +233,7 @@ def row(cell: Cell, way: str, times: Times) -> dict[str, Any]:
         "ttft_ms": round(1e3 * p50, 1),
         "p90_ms": round(1e3 * taken[int(0.9 * (len(taken) - 1))], 1),
         "added_ms": round(1e3 * (p50 - statistics.median(times["mono", cell])), 1),
+        **spans,
     }
 
 

@@ -60,4 +60,5 @@ def _sum(first: HandoffTotals, second: HandoffTotals) -> HandoffTotals:
         prefix_tokens=first.prefix_tokens + second.prefix_tokens,
         took_s=first.took_s + second.took_s,
         ahead_pages=first.ahead_pages + second.ahead_pages,
+        handover_s=first.handover_s + second.handover_s,
     )

@@ -143,6 +143,11 @@ class _Collector:
         ahead = CounterMetricFamily(
             "mainstem_handoff_ahead_pages", "Of them, those that left while later layers were computed", labels=labels
         )
+        handover = CounterMetricFamily(
+            "mainstem_handoff_handover_seconds",
+            "Of those that went well: without the time in which decode found pages, and prefill computed them",
+            labels=labels,
+        )
         prefix = CounterMetricFamily(
             "mainstem_handoff_prefix_tokens", "Prompt tokens not moved, as decode held them", labels=labels
         )
@@ -154,8 +159,9 @@ class _Collector:
                 moved.add_metric(pair, totals.moved_bytes)
                 pages.add_metric(pair, totals.pages)
                 ahead.add_metric(pair, totals.ahead_pages)
+                handover.add_metric(pair, totals.handover_s)
                 prefix.add_metric(pair, totals.prefix_tokens)
-        yield from (ended, seconds, moved, pages, ahead, prefix)
+        yield from (ended, seconds, handover, moved, pages, ahead, prefix)
 
 
 class _Choices:

@@ -23,6 +23,16 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     reason: str
     """Why it failed; "" where it did not."""
     writing_s: float = 0.0
-    """Of that, the time in which pages were written. 0 where the hand-off failed."""
+    """Of that, the time in which pages were written, and the last ones waited for. 0 where the hand-off failed."""
     ahead_pages: int = 0
     """Of the pages, those that left while later layers were still being computed. 0 where the hand-off failed."""
+    opening_s: float = 0.0
+    """Of took_s, until decode had pages to grant: it connects, and finds room. 0 where the hand-off failed."""
+    computing_s: float = 0.0
+    """Of took_s, from the grant until prefill had computed the last pages, its queue included. 0 where the hand-off
+    failed."""
+
+    @property
+    def handover_s(self) -> float:
+        """Of took_s, what the hand-off itself took, beside finding pages for it and computing them."""
+        return max(0.0, self.took_s - self.opening_s - self.computing_s)

@@ -119,6 +119,8 @@ class Last(msgspec.Struct, frozen=True, array_like=True, tag="last"):
     """How long prefill was writing pages, without the time in which it computed them: what the link can do."""
     ahead_pages: int = 0
     """Of the pages, those that left while later layers were still being computed."""
+    computing_s: float = 0.0
+    """From the grant until the last pages were there to be sent: prefill's queue and its compute."""
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):

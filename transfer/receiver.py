@@ -57,6 +57,10 @@ class _Incoming:
         self.writing_s = 0.0
         self.ahead_pages = 0
         self.coming_pages = 0
+        self.granted_s = now_s
+        self.last_s = now_s
+        """When prefill had said its last word, after which only pages are waited for."""
+        self.computing_s = 0.0
         self.reason = ""
         self.began_s = now_s
         self.deadline_s: float | None = now_s + connect_s
@@ -175,7 +179,8 @@ class Receiver:
             if incoming is None or incoming.state in TERMINAL:
                 return
             incoming.pages, incoming.aux_row, incoming.prefix_tokens = pages, aux_row, prefix_tokens
-            incoming.deadline_s = self._clock() + self._deadlines.handoff_s
+            incoming.granted_s = self._clock()
+            incoming.deadline_s = incoming.granted_s + self._deadlines.handoff_s
             try:
                 self._step(room, incoming, Event.GRANTED)
             except IllegalEvent as error:
@@ -262,6 +267,8 @@ class Receiver:
             reason=incoming.reason,
             writing_s=incoming.writing_s if done else 0.0,
             ahead_pages=incoming.ahead_pages if done else 0,
+            opening_s=incoming.granted_s - incoming.began_s if done else 0.0,
+            computing_s=incoming.computing_s if done else 0.0,
         )
 
     # The courier's thread.
@@ -406,6 +413,8 @@ class Receiver:
             raise ValueError(f"last: wanted rows of {self._aux.layout.page_bytes} bytes, found {found}")
         if not 0 <= last.writing_s < math.inf:
             raise ValueError(f"last: wanted seconds of writing, found {last.writing_s}")
+        if not 0 <= last.computing_s < math.inf:
+            raise ValueError(f"last: wanted seconds of computing, found {last.computing_s}")
         if not 0 <= last.ahead_pages <= last.pages:
             raise ValueError(f"last: wanted at most {last.pages} pages that went ahead, found {last.ahead_pages}")
         if not last.pages == incoming.coming_pages == len(incoming.pages):
@@ -413,6 +422,7 @@ class Receiver:
             self._fail(room, incoming, f"pages: wanted {granted}, found {found_pages}")
             return
         incoming.rows, incoming.writing_s, incoming.ahead_pages = last.rows, last.writing_s, last.ahead_pages
+        incoming.last_s, incoming.computing_s = self._clock(), last.computing_s
         self._step(room, incoming, Event.LAST)
 
     def _expect(self, peer: _Peer, room: int, pages: Pages, prefix_tokens: int) -> None:
@@ -430,6 +440,8 @@ class Receiver:
     def _landed(self, room: int, incoming: _Incoming) -> None:
         """Under the lock."""
         if incoming.state is ReceiverState.LANDING:
+            # A route that only begins a write when it is told to is written to until now.
+            incoming.writing_s += self._clock() - incoming.last_s
             for view, row in zip(self._aux.views([(incoming.aux_row, 1)]), incoming.rows, strict=True):
                 view[:] = row
         self._step(room, incoming, Event.LANDED)

@@ -98,6 +98,9 @@ class _Outgoing:
         """Of those, the ones that were the same when they were sent."""
         self.sent_bytes = 0
         self.writing_s = 0.0
+        self.granted_s = now_s
+        self.computing_s = 0.0
+        """From the grant until the last pages were there to be sent."""
         self.reason = ""
         self.deadline_s = now_s + queue_s
         self.began_s = now_s
@@ -236,6 +239,7 @@ class Sender:
                 self._fail(room, outgoing, str(error))
                 return
             outgoing.queued_pages += len(pages)
+            outgoing.computing_s = self._clock() - outgoing.granted_s
             assert outgoing.peer is not None, "a granted room has a peer"
             self._courier.call(outgoing.peer.jobs.put_nowait, write)
 
@@ -408,7 +412,8 @@ class Sender:
         if not ended:
             outgoing.peer, outgoing.pages, outgoing.prefix_tokens = peer, pages, grant.prefix_tokens
             outgoing.ahead = np.full(len(pages), _NOT_AHEAD, np.int32)
-            outgoing.deadline_s = self._clock() + self._deadlines.handoff_s
+            outgoing.granted_s = self._clock()
+            outgoing.deadline_s = outgoing.granted_s + self._deadlines.handoff_s
 
     def _stop(self, peer: _Peer, room: int, reason: str) -> None:
         outgoing = self._room(room)
@@ -460,7 +465,16 @@ class Sender:
             return
         if write.aux is not None:
             pages = write.first + len(write.source)
-            chunk.append(handoff.Last(write.room, pages, write.aux, outgoing.writing_s, outgoing.confirmed_pages))
+            chunk.append(
+                handoff.Last(
+                    room=write.room,
+                    pages=pages,
+                    rows=write.aux,
+                    writing_s=outgoing.writing_s,
+                    ahead_pages=outgoing.confirmed_pages,
+                    computing_s=outgoing.computing_s,
+                )
+            )
         if chunk:
             await peer.connection.send(*chunk)
 

@@ -148,6 +148,8 @@ class HandoffTotals(msgspec.Struct, frozen=True, array_like=True):
     took_s: float = 0.0
     ahead_pages: int = 0
     """Of the pages, those that left while later layers were still being computed."""
+    handover_s: float = 0.0
+    """Of took_s, what the hand-offs themselves took, beside finding pages for them and computing them."""
 
     @classmethod
     def kind(cls, ended: Ended) -> HandoffTotals:
@@ -165,6 +167,7 @@ class HandoffTotals(msgspec.Struct, frozen=True, array_like=True):
             prefix_tokens=self.prefix_tokens + (ended.prefix_tokens if moved else 0),
             took_s=self.took_s + ended.took_s,
             ahead_pages=self.ahead_pages + (ended.ahead_pages if moved else 0),
+            handover_s=self.handover_s + (ended.handover_s if moved else 0.0),
         )
 
 

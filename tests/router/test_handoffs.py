@@ -17,12 +17,13 @@ from transfer.wire import HandoffTotals
 
 P0, D0 = PrefillView(name="p0"), DecodeView(name="d0")
 ASK = Ask(number=1, prompt_tokens=9, page_tokens=16)
+SPANS: dict[str, Any] = {"opening_s": 0.125, "computing_s": 0.25}
 DECISION = Decision(Pairs(ASK, [P0], [D0], CostModel(CostConfig())), Pick(P0, D0, ""), "mainstem", alpha=4)
 
 
 def ended(room: int = 1, prefill: str = "p0", transport: str = "shm", reason: str = "", pages: int = 3) -> Ended:
     moved_bytes = 0 if reason else pages * 100
-    return Ended(room, prefill, transport, pages, moved_bytes, prefix_tokens=16, took_s=0.5, reason=reason)
+    return Ended(room, prefill, transport, pages, moved_bytes, prefix_tokens=16, took_s=0.5, reason=reason, **SPANS)
 
 
 def tally(handoffs: list[Ended]) -> list[HandoffTotals]:
@@ -75,7 +76,7 @@ def test_what_failed_counts_as_a_handoff_and_moves_nothing() -> None:
     failed = HandoffTotals.kind(ended(reason="lost")).plus(ended(reason="lost"))
 
     assert (failed.outcome, failed.handoffs, failed.took_s) == ("failed", 1, 0.5)
-    assert (failed.pages, failed.moved_bytes, failed.prefix_tokens) == (0, 0, 0)
+    assert (failed.pages, failed.moved_bytes, failed.prefix_tokens, failed.handover_s) == (0, 0, 0, 0.0)
 
 
 def test_a_handoff_finds_its_request_and_those_of_a_batch_find_the_same_one() -> None:

@@ -566,6 +566,29 @@ def test_every_end_is_told_once_with_what_it_came_to(pair: Pair) -> None:
     assert len(pair.ended) == 2
 
 
+def test_its_end_tells_where_the_time_went(pair: Pair) -> None:
+    pair.open(7)
+    pair.sender.offer(7)
+    time.sleep(0.03)
+    pair.receiver.grant(7, pages(40, 41), 1, 0)
+    eventually(lambda: pair.sender.state(7) is SenderState.GRANTED)
+    pair.sender.send(7, pages(1))
+    time.sleep(0.06)
+    pair.hold()
+    pair.sender.send(7, pages(2), AUX)
+    pair.wait_held()
+    time.sleep(0.09)
+    pair.release()
+    eventually(lambda: len(pair.ended) == 1)
+
+    (done,) = pair.ended
+    assert done.opening_s >= 0.03
+    assert done.computing_s >= 0.06
+    assert done.writing_s >= 0.09
+    assert done.handover_s >= 0.09
+    assert done.took_s == pytest.approx(done.opening_s + done.computing_s + done.handover_s)
+
+
 @pytest.mark.thorough
 def test_a_frozen_prefill_that_goes_on_writes_into_no_page_that_was_given_away() -> None:
     """A child process holds its write, is frozen past the silence, and goes on when its pages are another's."""
