@@ -408,12 +408,15 @@ class Sender:
         if not ended and outgoing.peer is not None and outgoing.peer is not peer:
             peer.jobs.put_nowait(_Say(handoff.Stop(room, f"decode worker {outgoing.peer.name} has this room")))
             return
-        self._step(room, outgoing, Event.GRANTED, peer)
+        # Nothing is taken of a grant that may not be; and whoever sees the state sees all that belongs to it, as states
+        # are read without the lock.
+        next_sender(outgoing.state, Event.GRANTED)
         if not ended:
             outgoing.peer, outgoing.pages, outgoing.prefix_tokens = peer, pages, grant.prefix_tokens
             outgoing.ahead = np.full(len(pages), _NOT_AHEAD, np.int32)
             outgoing.granted_s = self._clock()
             outgoing.deadline_s = outgoing.granted_s + self._deadlines.handoff_s
+        self._step(room, outgoing, Event.GRANTED, peer)
 
     def _stop(self, peer: _Peer, room: int, reason: str) -> None:
         outgoing = self._room(room)

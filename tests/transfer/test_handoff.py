@@ -75,7 +75,9 @@ class Pair:
         deadlines: Deadlines = QUICK,
         sharing: bool = True,
         eager: bool = False,
+        on_change: Callable[[], None] | None = None,
     ) -> None:
+        """on_change: of prefill's rooms, in place of its bell"""
         self.source = filled(1)
         self.writers = [HeldTransport(one) for one in made(transports, self.source, None)]
         self.eager = [EagerTransport(one) for one in self.writers] if eager else []
@@ -87,7 +89,7 @@ class Pair:
             epoch=1,
             transports=self.eager or self.writers,
             deadlines=deadlines,
-            on_change=self.prefill_bell.ring,
+            on_change=on_change or self.prefill_bell.ring,
         )
         self.port = self.sender.listen("127.0.0.1", 0)
         self.destination, address = SharedArena().pool(layout)
@@ -190,6 +192,16 @@ def test_whoever_looks_only_when_the_bell_rings_sees_every_state(pair: Pair) -> 
     sender.close()
     receiver.open(4, "127.0.0.1", pair.port)
     wait_rung(pair.decode_bell, receiver, 4, ReceiverState.FAILED)
+
+
+def test_a_scheduler_that_sees_a_grant_at_once_sees_all_of_it() -> None:
+    """It reads states without the lock: it may look in the very moment in which the state is another one."""
+    seen: list[tuple[SenderState, int]] = []
+    pair = Pair(("shm",), on_change=lambda: seen.append((pair.sender.state(7), pair.sender.prefix_tokens(7))))
+    pair.begin(7, [40, 41], prefix_tokens=32)
+    pair.close()
+    assert (SenderState.GRANTED, 32) in seen
+    assert (SenderState.GRANTED, 0) not in seen
 
 
 def test_only_the_pages_that_were_granted_are_written(pair: Pair) -> None:
