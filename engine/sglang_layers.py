@@ -53,8 +53,11 @@ class LayerHooks:
         return result
 
     def about_to_run(self, _nothing: None, scheduler: Any, request: Any) -> None:
-        """Notes the pages that this pass fills; of those that it does not fill, only a prompt's last one."""
-        if self._passes is None or request.pending_bootstrap:
+        """Notes the pages that this pass fills; of those that it does not fill, only a prompt's last one.
+
+        Also of a request that decode has not granted pages yet: it may have when the pass is in its stream.
+        """
+        if self._passes is None:
             return
         page_tokens = scheduler.token_to_kv_pool_allocator.page_size
         start, end = request.extend_range.start, request.extend_range.end

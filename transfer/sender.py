@@ -206,15 +206,12 @@ class Sender:
             self._courier.call(outgoing.peer.jobs.put_nowait, _WriteAhead(room, source, start, computed))
 
     def goes_ahead(self, room: int) -> bool:
-        """Whether `ahead` would do anything for this room now."""
+        """Whether `ahead` would do anything for this room, now or once it is granted."""
         with self._lock:
             outgoing = self._rooms.get(room)
-            return (
-                outgoing is not None
-                and outgoing.state in (SenderState.GRANTED, SenderState.STREAMING)
-                and outgoing.peer is not None
-                and outgoing.peer.route.ahead is not None
-            )
+            if outgoing is None or outgoing.state in TERMINAL:
+                return False
+            return outgoing.peer is None or outgoing.peer.route.ahead is not None
 
     def send(self, room: int, pages: Pages, aux: list[bytes] | None = None, after: Mark | None = None) -> None:
         """Queues these pages of the pool, next in the prompt's order; `aux` makes it the last chunk.

@@ -62,7 +62,6 @@ class Run:
             "extend_range": SimpleNamespace(start=start, end=end),
             "origin_input_ids": [0] * prompt,
             "disagg_kv_sender": sender,
-            "pending_bootstrap": False,
         }
         return SimpleNamespace(**(fields | changes))
 
@@ -106,10 +105,10 @@ def test_two_requests_of_a_batch_share_its_events() -> None:
     assert two.went[0][:2] == (16, [51, 52, 53])
 
 
-@pytest.mark.parametrize("how", ["small", "not granted", "no GPU", "decode"])
+@pytest.mark.parametrize("how", ["small", "no GPU", "decode"])
 def test_nothing_is_recorded_where_nothing_goes_ahead(how: str) -> None:
     run, sender = Run(counts=how != "no GPU"), Sender(goes=how != "small")
-    assert run.batch(run.request(0, 0, 64, 64, sender, pending_bootstrap=how == "not granted"), extend=how != "decode")
+    assert run.batch(run.request(0, 0, 64, 64, sender), extend=how != "decode")
     assert (sender.went, run.recorded) == ([], [])
 
 

@@ -17,13 +17,23 @@ from transfer.wire import HandoffTotals
 
 P0, D0 = PrefillView(name="p0"), DecodeView(name="d0")
 ASK = Ask(number=1, prompt_tokens=9, page_tokens=16)
-SPANS: dict[str, Any] = {"opening_s": 0.125, "computing_s": 0.25}
 DECISION = Decision(Pairs(ASK, [P0], [D0], CostModel(CostConfig())), Pick(P0, D0, ""), "mainstem", alpha=4)
 
 
 def ended(room: int = 1, prefill: str = "p0", transport: str = "shm", reason: str = "", pages: int = 3) -> Ended:
     moved_bytes = 0 if reason else pages * 100
-    return Ended(room, prefill, transport, pages, moved_bytes, prefix_tokens=16, took_s=0.5, reason=reason, **SPANS)
+    return Ended(
+        room,
+        prefill,
+        transport,
+        pages,
+        moved_bytes,
+        prefix_tokens=16,
+        took_s=0.5,
+        reason=reason,
+        opening_s=0.125,
+        computing_s=0.25,
+    )
 
 
 def tally(handoffs: list[Ended]) -> list[HandoffTotals]:

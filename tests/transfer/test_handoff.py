@@ -197,9 +197,9 @@ def test_whoever_looks_only_when_the_bell_rings_sees_every_state(pair: Pair) -> 
 def test_a_scheduler_that_sees_a_grant_at_once_sees_all_of_it() -> None:
     """It reads states without the lock: it may look in the very moment in which the state is another one."""
     seen: list[tuple[SenderState, int]] = []
-    pair = Pair(("shm",), on_change=lambda: seen.append((pair.sender.state(7), pair.sender.prefix_tokens(7))))
-    pair.begin(7, [40, 41], prefix_tokens=32)
-    pair.close()
+    joined = Pair(("shm",), on_change=lambda: seen.append((joined.sender.state(7), joined.sender.prefix_tokens(7))))
+    joined.begin(7, [40, 41], prefix_tokens=32)
+    joined.close()
     assert (SenderState.GRANTED, 32) in seen
     assert (SenderState.GRANTED, 0) not in seen
 
