@@ -212,7 +212,7 @@ def test_handoffs_are_published_as_they_end_and_their_sums_stand_in_every_regist
             await asyncio.sleep(0.3)  # a SUB socket hears what is published after it has connected
             outbox = Outbox(page_socket(spec))
             told = [
-                Ended(1, "prefill-0", "shm", 3, 300, prefix_tokens=32, took_s=0.5, reason=""),
+                Ended(1, "prefill-0", "shm", 3, 300, prefix_tokens=32, took_s=0.5, reason="", computing_s=0.25),
                 Ended(2, "prefill-0", "shm", 4, 400, prefix_tokens=0, took_s=0.25, reason=""),
                 Ended(3, "prefill-1", "tcp", 5, 0, prefix_tokens=16, took_s=1.0, reason="lost"),
             ]
@@ -235,7 +235,7 @@ def test_handoffs_are_published_as_they_end_and_their_sums_stand_in_every_regist
             assert [batch.sequence for batch in batches] == [1]
             registration = await site.until(lambda one: sum(totals.handoffs for totals in one.handoffs) == 3)
             assert registration.handoffs == [
-                wire.HandoffTotals("prefill-0", "shm", "ok", 2, 7, 700, 32, 0.75),
+                wire.HandoffTotals("prefill-0", "shm", "ok", 2, 7, 700, 32, 0.75, handover_s=0.5),
                 wire.HandoffTotals("prefill-1", "tcp", "failed", 1, 0, 0, 0, 1.0),
             ]
             await asyncio.to_thread(outbox.close)
