@@ -2,9 +2,10 @@
 
 The same flags, the same run, prompts as token ids on every side, each prompt new. `mono` asks the one worker; `direct`
 sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `whole` is a pair
-whose pages leave once a forward pass is over instead of layer by layer. "8 x" is eight requests at once: the median is
-over all of them. "fragmented": after many requests of all lengths, so that pages lie anywhere. By the router also where
-the time of the hand-offs went: until decode had found pages, until prefill had computed them, and handing them over.
+whose pages leave once a forward pass is over instead of layer by layer; `nixl` is SGLang's own pair, without any of us.
+"8 x" is eight requests at once: the median is over all of them. "fragmented": after many requests of all lengths, so
+that pages lie anywhere. By the router also where the time of the hand-offs went: until decode had found pages, until
+prefill had computed them, and handing them over.
 Below the table: where the time went inside the workers, by SGLang's own clock.
 """
 
@@ -19,7 +20,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,20 @@ import yaml
 from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main, running
 from benchmarks.client import Answer, complete, get_json
-from benchmarks.gpu_cluster import gpu_config, gpu_count
-from benchmarks.legs import direct
+from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
+from benchmarks.legs import Pair, direct
 from benchmarks.reference import VOCABULARY
+from benchmarks.sglang_pair import sglang_pair
 from benchmarks.time_stats import FLAG, medians_ms, read
 from engine.launch.cluster import Cluster
+from engine.launch.errors import LaunchFailed
 
-POOL_TOKENS = 80_000
+POOL_TOKENS = 70_000
 MAX_TOKENS = 4
 LAYERWISE_BYTES = 64 << 20
 CHURN = 150
 """Requests before a pool counts as fragmented."""
+NIXL = "nixl"
 Ask = Callable[[list[int]], Answer]
 
 
@@ -68,6 +72,7 @@ Times = dict[tuple[str, Cell], list[float]]
 SPANS = ("opening_s", "computing_s", "handover_s")
 Handoffs = dict[tuple[str, Cell], dict[str, float]]
 """Medians over a cell's hand-offs."""
+System = Cluster | Pair
 TOLD_S = 0.3
 """How long a decode worker may take to tell of a hand-off's end."""
 
@@ -79,8 +84,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7, help="of every cell (default 7)")
     parser.add_argument(
         "--clusters",
-        default="mono,layers whole",
-        help="what is up at the same time, and what after it: as memory allows (default: mono,layers whole)",
+        default="mono,layers whole nixl",
+        help="what is up at the same time, and what after it: as memory allows (default: mono,layers whole nixl)",
     )
     parser.add_argument("--keep", type=Path, help="a folder in which logs stay")
     options = parser.parse_args()
@@ -96,12 +101,13 @@ def main() -> int:
         folder = options.keep or Path(temporary)
         for names in (group.split(",") for group in options.clusters.split()):
             files = {name: config(folder / name, name, options.model.resolve(), flags) for name in names}
-            with all_running(files) as clusters:
-                for name, cluster in clusters.items():
-                    for way, ask in ways(cluster, name).items():
-                        told = handoffs if way.endswith("router") else None
-                        measure(way, ask, options.repeats, times, cluster.url, told)
-                    ahead[name] = ahead_pages(cluster)
+            with all_running(files) as systems:
+                for name, system in systems.items():
+                    for way, ask in ways(system, name).items():
+                        url = system.url if isinstance(system, Cluster) and way.endswith("router") else None
+                        measure(way, ask, options.repeats, times, url, handoffs)
+                    if isinstance(system, Cluster):
+                        ahead[name] = ahead_pages(system)
             for name in names:
                 inside[name] = inside_workers(folder / name)
     results = [row(cell, way, times, handoffs) for cell in CELLS for way in dict.fromkeys(way for way, _ in times)]
@@ -127,16 +133,24 @@ def main() -> int:
 
 
 @contextmanager
-def all_running(files: dict[str, Path]) -> Iterator[dict[str, Cluster]]:
-    """Clusters that are started at the same time. Raises what a start raises."""
-    runs = {name: running(file, state_dir=file.parent) for name, file in files.items()}
+def all_running(files: dict[str, Path]) -> Iterator[dict[str, System]]:
+    """Those that started, all at the same time; one that did not is told of, and missing."""
+    runs: dict[str, AbstractContextManager[System]] = {
+        name: sglang_pair(file) if name == NIXL else running(file, state_dir=file.parent)
+        for name, file in files.items()
+    }
     with ThreadPoolExecutor(len(runs)) as threads, ExitStack() as up:
         starting = {name: threads.submit(run.__enter__) for name, run in runs.items()}
         wait(starting.values())
+        systems = {}
         for name, one in starting.items():
-            if one.exception() is None:
-                up.push(runs[name])
-        yield {name: one.result() for name, one in starting.items()}
+            try:
+                systems[name] = one.result()
+            except LaunchFailed as error:
+                report.progress(f"  {name} left out: {error}")
+                continue
+            up.push(runs[name])
+        yield systems
 
 
 def config(folder: Path, name: str, model: Path, flags: dict[str, Any]) -> Path:
@@ -146,36 +160,38 @@ def config(folder: Path, name: str, model: Path, flags: dict[str, Any]) -> Path:
         model,
         pool_tokens=POOL_TOKENS,
         flags=flags,
-        monolithic=name == "mono",
+        both=int(name == "mono"),
         layerwise_bytes=LAYERWISE_BYTES if name == "layers" else None,
     )
 
 
 def inside_workers(folder: Path) -> dict[int, Any]:
     """Medians by prompt length, role and span."""
-    stats = [one for file in folder.glob("*/logs/*.log") for one in read(file.read_text(errors="replace").splitlines())]
+    files = itertools.chain(folder.glob("*/logs/*.log"), folder.glob("sglang-*.log"))
+    stats = [one for file in files for one in read(file.read_text(errors="replace").splitlines())]
     return {cell.tokens: medians_ms(stats, cell.tokens) for cell in CELLS}
 
 
-def ways(cluster: Cluster, name: str) -> dict[str, Ask]:
-    model = cluster.plan.router.model
+def ways(system: System, name: str) -> dict[str, Ask]:
+    if isinstance(system, Pair):
+        return {f"{name}, direct": lambda prompt: direct(system, MODEL, prompt, MAX_TOKENS)}
+    cluster, model = system, system.plan.router.model
     by_role = {worker.role: worker for worker in cluster.plan.workers}
     if name == "mono":
         worker = by_role["both"]
         url = f"http://{worker.host}:{worker.port}"
         return {"mono": lambda prompt: complete(url, model, prompt, MAX_TOKENS, ignore_eos=True)}
-    prefill, decode = by_role["prefill"], by_role["decode"]
+    pair = Pair.of(by_role["prefill"], by_role["decode"])
     return {
-        f"{name}, direct": lambda prompt: direct(prefill, decode, model, prompt, MAX_TOKENS),
+        f"{name}, direct": lambda prompt: direct(pair, model, prompt, MAX_TOKENS),
         f"{name}, router": lambda prompt: complete(cluster.url, model, prompt, MAX_TOKENS, ignore_eos=True),
     }
 
 
-def measure(way: str, ask: Ask, repeats: int, times: Times, url: str, handoffs: Handoffs | None) -> None:
+def measure(way: str, ask: Ask, repeats: int, times: Times, url: str | None, handoffs: Handoffs) -> None:
     """Every cell of one way, its first requests unmeasured. Raises SystemExit where one fails.
 
-    url       the router's
-    handoffs  also what it was told of these requests' hand-offs
+    url       the router's, where it is to be asked for what it was told of these requests' hand-offs
     """
     # Another seed for each way: a cached prompt would be another measurement.
     chooser = random.Random(way)
@@ -199,7 +215,7 @@ def measure(way: str, ask: Ask, repeats: int, times: Times, url: str, handoffs: 
                     once(chooser.randint(64, 2500), 4)
             measured = [once(cell.tokens, cell.at_once) for _ in range(repeats)]
             times[way, cell] = list(itertools.chain(*measured))
-            if handoffs is not None:
+            if url is not None:
                 handoffs[way, cell] = spans_of_newest(url, len(times[way, cell]))
             report.progress(f"  {way}, {cell} tokens: {1e3 * statistics.median(times[way, cell]):.1f} ms")
 
@@ -232,7 +248,7 @@ def row(cell: Cell, way: str, times: Times, handoffs: Handoffs) -> dict[str, Any
         "requests": len(taken),
         "ttft_ms": round(1e3 * p50, 1),
         "p90_ms": round(1e3 * taken[int(0.9 * (len(taken) - 1))], 1),
-        "added_ms": round(1e3 * (p50 - statistics.median(times["mono", cell])), 1),
+        "added_ms": round(1e3 * (p50 - statistics.median(times["mono", cell])), 1) if ("mono", cell) in times else None,
         **spans,
     }
 

@@ -13,6 +13,7 @@ import yaml
 
 from transfer.cuda import CudaFailed, Device
 
+MODEL = "measured"
 NVLINK = Path(__file__).parents[1] / "configs" / "1p1d-nvlink.yaml"
 
 
@@ -32,7 +33,8 @@ def gpu_config(
     *,
     pool_tokens: int,
     flags: dict[str, Any],
-    monolithic: bool = False,
+    both: int = 0,
+    policy: str | None = None,
     layerwise_bytes: int | None = None,
 ) -> Path:
     """Writes the cluster file.
@@ -41,19 +43,24 @@ def gpu_config(
                  the same ones in every process
     pool_tokens  KV slots of each worker: SGLang would take what another worker of the same GPU has left
     flags        more of SGLang's flags
-    monolithic   one worker that does both
+    both         so many workers that do both, on a GPU each as far as there are any, in place of the pair
+    policy       the router's; None: the file's
     """
     tree = yaml.safe_load(NVLINK.read_text())
-    tree["model"] = {"path": str(model), "served_name": "measured"}
+    tree["model"] = {"path": str(model), "served_name": MODEL}
     engine: dict[str, Any] = {"skip-server-warmup": True, "max-total-tokens": pool_tokens}
     if not list(model.glob("*.safetensors")):
         engine["load-format"] = "dummy"
     tree["engine"] |= engine | flags
-    if monolithic:
-        tree["workers"] = [{"role": "both", "count": 1}]
-    elif gpu_count() == 1:
-        for group in tree["workers"]:
-            group["engine"]["base-gpu-id"] = 0
+    gpus = max(1, gpu_count())
+    if both:
+        tree["workers"] = [
+            {"role": "both", "count": 1, "engine": {"base-gpu-id": number % gpus}} for number in range(both)
+        ]
+    for group in tree["workers"]:
+        group["engine"]["base-gpu-id"] %= gpus
+    if policy is not None:
+        tree["router"]["policy"] = policy
     tree["transfer"]["layerwise_bytes"] = layerwise_bytes
     with socket.socket() as placeholder:
         placeholder.bind(("127.0.0.1", 0))

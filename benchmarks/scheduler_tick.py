@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.bench_cluster import changed_config, run_main, running, scheduler_of
 from benchmarks.client import ask, complete
-from benchmarks.legs import direct
+from benchmarks.legs import Pair, direct
 from benchmarks.tick_probe import FILE_VARIABLE, RECORD
 from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
@@ -109,7 +109,7 @@ def _phases(cluster: Cluster, seconds: float) -> Iterator[Phase]:
     good, bad, decode = workers["prefill-0"], workers["prefill-1"], workers["decode-0"]
     model = cluster.plan.router.model
     complete(cluster.url, model, sentence(1, 30), 4)  # connections and first-use work
-    direct(bad, decode, model, sentence(2, 30), 4)
+    direct(Pair.of(bad, decode), model, sentence(2, 30), 4)
     report.progress(f"  busy: {BUSY} requests at once")
     with _phase("busy") as busy, ThreadPoolExecutor(BUSY) as pool:
         for answer in pool.map(
@@ -125,7 +125,7 @@ def _phases(cluster: Cluster, seconds: float) -> Iterator[Phase]:
         for turn in range(10_000):
             if over.is_set():
                 return
-            served.append(direct(good, decode, model, sentence(number * 10_000 + turn, 40), 16).error)
+            served.append(direct(Pair.of(good, decode), model, sentence(number * 10_000 + turn, 40), 16).error)
 
     with ThreadPoolExecutor(3 + 2 * HOSTILE) as pool:
         for number in range(3):
@@ -138,7 +138,7 @@ def _phases(cluster: Cluster, seconds: float) -> Iterator[Phase]:
             yield quiet[0]
             for name, number in (("stopped", signal.SIGSTOP), ("killed", signal.SIGKILL)):
                 for _ in range(HOSTILE):
-                    pool.submit(direct, bad, decode, model, sentence(random.getrandbits(31), PROMPT_WORDS), 16)
+                    pool.submit(direct, Pair.of(bad, decode), model, sentence(random.getrandbits(31), PROMPT_WORDS), 16)
                 time.sleep(0.5)
                 victim = scheduler_of(cluster, bad.name)
                 report.progress(f"  {name}: {seconds:g} s")

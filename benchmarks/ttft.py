@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.bench_cluster import run_main, running
 from benchmarks.client import complete
-from benchmarks.legs import direct
+from benchmarks.legs import Pair, direct
 from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
 
@@ -43,8 +43,9 @@ def measure(cluster: Cluster, repeats: int) -> dict[str, Any]:
     model = cluster.plan.router.model
     prefill = next(worker for worker in cluster.plan.workers if worker.role == "prefill")
     decode = next(worker for worker in cluster.plan.workers if worker.role == "decode")
+    pair = Pair.of(prefill, decode)
     complete(cluster.url, model, sentence(1, 30), MAX_TOKENS)  # connections and first-use work, on every path
-    direct(prefill, decode, model, sentence(2, 30), MAX_TOKENS)
+    direct(pair, model, sentence(2, 30), MAX_TOKENS)
     times: dict[str, list[float]] = {"router cold": [], "router cached": [], "direct cold": [], "direct cached": []}
     cached_tokens = []
     for repeat in range(repeats):
@@ -56,7 +57,7 @@ def measure(cluster: Cluster, repeats: int) -> dict[str, Any]:
                 if way == "router":
                     answer = complete(cluster.url, model, prompt, MAX_TOKENS)
                 else:
-                    answer = direct(prefill, decode, model, prompt, MAX_TOKENS)
+                    answer = direct(pair, model, prompt, MAX_TOKENS)
                 if answer.ttft_s is None:
                     raise SystemExit(f"ttft: wanted a token, found {answer.status} {answer.error}")
                 times[f"{way} {kind}"].append(answer.ttft_s)

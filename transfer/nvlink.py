@@ -56,8 +56,9 @@ LAUNCH_BYTES = 8 << 20
 """What one launch of a write ahead should copy at least: it takes the courier about as long as the link."""
 WATCH_S = 1e-3
 """Between two looks at whether all that was begun is done."""
-SPIN_S = 5e-3
-"""Looked for without a pause; then every millisecond, as asyncio knows no shorter sleep."""
+SPIN_S = 0.5e-3
+"""Looked for without a pause; then every millisecond, as asyncio knows no shorter sleep. Each look takes the
+interpreter from a scheduler in the same process."""
 _PROCESS = secrets.token_bytes(16)
 """Of those that were forked from one process it is the same, but not the process's number."""
 
@@ -130,6 +131,7 @@ class NvlinkTransport:
 
     async def connect(self, description: bytes, layout: PoolLayout, lanes: Lanes) -> NvlinkRoute:
         """As the contract says. CUDA takes about ten milliseconds for each allocation: in a thread of its own."""
+        self._device.use()  # This thread's too: it launches.
         work = asyncio.ensure_future(asyncio.to_thread(self._connect, description, layout))
         try:
             return await asyncio.shield(work)

@@ -33,14 +33,12 @@ POOL_TOKENS = 16384
 """KV slots of each worker: SGLang would take what another worker of the same GPU has left."""
 
 
-def config(folder: Path, *, monolithic: bool = False, layerwise_bytes: int | None = None) -> ClusterConfig:
+def config(folder: Path, *, both: int = 0, layerwise_bytes: int | None = None) -> ClusterConfig:
     flags = {"disable-cuda-graph": True, "context-length": 4096}
     flags |= yaml.safe_load(os.environ.get("MAINSTEM_GPU_FLAGS", "{}"))
     model = Path(os.environ[MODEL])
     file = folder / "cluster.yaml"
-    gpu_config(
-        file, model, pool_tokens=POOL_TOKENS, flags=flags, monolithic=monolithic, layerwise_bytes=layerwise_bytes
-    )
+    gpu_config(file, model, pool_tokens=POOL_TOKENS, flags=flags, both=both, layerwise_bytes=layerwise_bytes)
     return read_cluster(file)
 
 
@@ -49,7 +47,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> list[Reference]:
     chooser = random.Random(12)
     lengths = [chooser.randint(5, 3000) for _ in range(PROMPTS)]
     folder = tmp_path_factory.mktemp("alone")
-    with started(config(folder, monolithic=True), folder) as cluster:
+    with started(config(folder, both=1), folder) as cluster:
         worker = cluster.plan.workers[0]
         url = f"http://{worker.host}:{worker.port}"
         found = []

@@ -1,0 +1,176 @@
+"""Goodput: requests a second that met both objectives, TTFT within 500 ms and the p99 of their ITL within 30 ms.
+
+The shape of llm-d's shared-prefix benchmark, for one model of 8B dimensions on two GPUs: groups of requests that share
+a system prompt, each with a question of its own; arrivals at random (Poisson), the same ones for every system.
+
+    mainstem          one prefill and one decode worker of ours behind our router
+    sglang nixl       the same of SGLang's own, over NIXL; this program sends both legs, so its router takes no time
+    both, robin       two workers that do both, in turn
+    both, mainstem    two workers that do both, behind our prefix routing
+
+Each load is a run of its own on prompts that no run before had; a system's capacity is the largest load of which 90 %
+met both. With one GPU for all workers they compete for it, and no link is crossed: then this says that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import machine, report
+from benchmarks.bench_cluster import run_main, running
+from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
+from benchmarks.legs import Pair
+from benchmarks.reference import VOCABULARY
+from benchmarks.sglang_pair import sglang_pair
+from benchmarks.streams import Client, Stream, percentile, session
+
+TTFT_S = 0.5
+ITL_S = 0.030
+MET = 0.9
+GROUPS = 8
+PREFIX_TOKENS, QUESTION_TOKENS = 6000, 1200
+LAYERWISE_BYTES = 64 << 20
+SYSTEMS = ("mainstem", "sglang nixl", "both, robin", "both, mainstem")
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run."""
+
+    rate: float
+    seconds: float
+    answer_tokens: int
+    seed: int
+
+    def requests(self) -> list[tuple[float, list[int]]]:
+        """When each is sent, from the start, and its prompt: group by group at random."""
+        chooser = random.Random(f"{self.seed} {self.rate}")
+
+        def tokens(count: int) -> list[int]:
+            return chooser.choices(VOCABULARY, k=count)
+
+        prefixes = [tokens(PREFIX_TOKENS) for _ in range(GROUPS)]
+        found, at_s = [], chooser.expovariate(self.rate)
+        while at_s < self.seconds:
+            found.append((at_s, chooser.choice(prefixes) + tokens(QUESTION_TOKENS)))
+            at_s += chooser.expovariate(self.rate)
+        return found
+
+
+def main() -> int:
+    parser = report.arguments(__doc__ or "")
+    parser.add_argument("--model", type=Path, required=True, help="a model's folder; its config and tokenizer will do")
+    parser.add_argument("--flags", type=yaml.safe_load, default={}, help="more of SGLang's flags, as YAML")
+    parser.add_argument("--rates", default="1,2,4,6,8", help="requests a second, one run each (default 1,2,4,6,8)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals in each run (default 20)")
+    parser.add_argument("--answer-tokens", type=int, default=250, help="of each answer (default 250)")
+    parser.add_argument("--pool-tokens", type=int, default=200_000, help="KV slots of each worker (default 200,000)")
+    parser.add_argument("--systems", default=";".join(SYSTEMS), help="which, by semicolons (default all)")
+    options = parser.parse_args()
+    names = options.systems.split(";")
+    if unknown := [name for name in names if name not in SYSTEMS]:
+        parser.error(f"--systems: wanted some of {'; '.join(SYSTEMS)}, found {'; '.join(unknown)}")
+    if not gpu_count():
+        report.progress("goodput: wanted a GPU, found none")
+        return 2
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            with serving(name, Path(folder), options) as target:
+                results += asyncio.run(measure(name, target, options))
+    link = "two GPUs" if gpu_count() > 1 else "one GPU for all workers: no link is crossed"
+    objective = {"ttft_s": TTFT_S, "itl_p99_s": ITL_S, "met": MET}
+    result = {"gpus": machine.gpus(), "between": link, "objective": objective, "results": results}
+    columns = ("system", "rate", "requests", "failed", "met", "goodput", "ttft_p50_ms", "ttft_p90_ms", "itl_p99_ms")
+    report.publish(result, columns, [[row[name] for name in columns] for row in results], options.json)
+    for name in names if not options.json else ():
+        met = [row["rate"] for row in results if row["system"] == name and row["met"] >= MET]
+        print(f"{name}: {MET:.0%} meet both up to {max(met, default=0.0):g} requests/s")
+    return 0
+
+
+@contextmanager
+def serving(name: str, folder: Path, options: argparse.Namespace) -> Iterator[str | Pair]:
+    """Where to send to, the system being up."""
+    own = folder / name.replace(", ", "-").replace(" ", "-")
+    own.mkdir()
+    file = gpu_config(
+        own / "cluster.yaml",
+        options.model.resolve(),
+        pool_tokens=options.pool_tokens,
+        flags={"context-length": 16384, **options.flags},
+        both=2 if name.startswith("both") else 0,
+        policy="round_robin" if name == "both, robin" else None,
+        layerwise_bytes=LAYERWISE_BYTES,
+    )
+    if name == "sglang nixl":
+        with sglang_pair(file) as pair:
+            yield pair
+    else:
+        with running(file, state_dir=own) as cluster:
+            yield cluster.url
+
+
+async def measure(name: str, target: str | Pair, options: argparse.Namespace) -> list[dict[str, Any]]:
+    rates = [float(rate) for rate in options.rates.split(",")]
+    found = []
+    async with session() as opened:
+        client = Client(opened, target, MODEL)
+        await run(client, Load(1.0, 4.0, options.answer_tokens, seed=1))  # Compiles.
+        for rate in rates:
+            load = Load(rate, options.seconds, options.answer_tokens, seed=2)
+            found.append(row(name, load, await run(client, load)))
+            report.progress(f"  {name}, {rate:g} requests/s: {found[-1]['met']:.0%} met both")
+            if found[-1]["met"] < MET / 2:
+                break
+    return found
+
+
+async def run(client: Client, load: Load) -> list[Stream]:
+    """All of its requests, each sent at its time whatever became of those before."""
+    began_s = time.perf_counter()
+    sent = []
+    for at_s, prompt in load.requests():
+        await asyncio.sleep(max(0.0, began_s + at_s - time.perf_counter()))
+        sent.append(asyncio.create_task(client.stream(prompt, load.answer_tokens)))
+    return await asyncio.gather(*sent)
+
+
+def met(stream: Stream) -> bool:
+    """Whether a request was served within both objectives."""
+    if stream.error or stream.ttft_s is None or stream.ttft_s > TTFT_S:
+        return False
+    return not stream.itl_s or percentile(stream.itl_s, 0.99) <= ITL_S
+
+
+def row(name: str, load: Load, streams: list[Stream]) -> dict[str, Any]:
+    good = sum(met(stream) for stream in streams)
+    ttfts = [stream.ttft_s for stream in streams if stream.ttft_s is not None]
+    gaps = [gap for stream in streams for gap in stream.itl_s]
+    return {
+        "system": name,
+        "rate": load.rate,
+        "requests": len(streams),
+        "failed": sum(bool(stream.error) for stream in streams),
+        "met": round(good / max(1, len(streams)), 3),
+        "goodput": round(good / load.seconds, 2),
+        "ttft_p50_ms": round(1e3 * percentile(ttfts, 0.5), 1) if ttfts else None,
+        "ttft_p90_ms": round(1e3 * percentile(ttfts, 0.9), 1) if ttfts else None,
+        "itl_p99_ms": round(1e3 * percentile(gaps, 0.99), 1) if gaps else None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
