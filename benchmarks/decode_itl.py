@@ -31,6 +31,7 @@ PROMPT_TOKENS = 512
 ARRIVING_TOKENS = 8192
 POOL_TOKENS = 160_000
 SETTLE_S = 2.0
+WARM_S = 180.0
 LONGEST_TOKENS = 3000
 """Of an answer, so that what runs has a place in the pool."""
 
@@ -72,8 +73,7 @@ async def measure(url: str, options: argparse.Namespace) -> list[dict[str, Any]]
 
     async with session() as opened:
         client = Client(opened, url, MODEL)
-        for _ in range(2):
-            _checked([await client.stream(prompt(ARRIVING_TOKENS), 1)])
+        await warm(client, prompt)
         gaps: dict[str, list[float]] = {"quiet": [], "handed over to": []}
         arrivals: dict[str, list[Stream]] = {name: [] for name in gaps}
         for number in range(options.rounds):
@@ -96,6 +96,20 @@ async def measure(url: str, options: argparse.Namespace) -> list[dict[str, Any]]
             for phase, (from_s, until_s) in spans.items():
                 gaps[phase] += within(done, from_s, until_s)
     return rows(gaps, arrivals)
+
+
+async def warm(client: Client, prompt: Any) -> None:
+    """Until two prompts in a row were answered: kernels are compiled at first, and the router gives up on who stands
+    still for so long."""
+    until_s, answered = time.monotonic() + WARM_S, 0
+    while answered < 2:
+        stream = await client.stream(prompt(ARRIVING_TOKENS), 2)
+        answered = 0 if stream.error else answered + 1
+        if stream.error:
+            report.progress(f"  warming up: {stream.error}")
+            if time.monotonic() > until_s:
+                raise SystemExit("decode_itl: wanted an answer while warming up, found none")
+            await asyncio.sleep(1.0)
 
 
 async def arriving(client: Client, prompt: Any, rate: float, seconds: float) -> list[Stream]:
