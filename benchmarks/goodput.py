@@ -42,6 +42,17 @@ MET = 0.9
 GROUPS = 8
 PREFIX_TOKENS, QUESTION_TOKENS = 6000, 1200
 LAYERWISE_BYTES = 64 << 20
+COLUMNS = {
+    "system": "system",
+    "sent/s": "rate",
+    "sent": "requests",
+    "failed": "failed",
+    "met": "met",
+    "good/s": "goodput",
+    "TTFT p50 ms": "ttft_p50_ms",
+    "p90": "ttft_p90_ms",
+    "ITL p99 ms": "itl_p99_ms",
+}
 SYSTEMS = ("mainstem", "sglang nixl", "both, robin", "both, mainstem")
 
 
@@ -93,8 +104,7 @@ def main() -> int:
     link = "two GPUs" if gpu_count() > 1 else "one GPU for all workers: no link is crossed"
     objective = {"ttft_s": TTFT_S, "itl_p99_s": ITL_S, "met": MET}
     result = {"gpus": machine.gpus(), "between": link, "objective": objective, "results": results}
-    columns = ("system", "rate", "requests", "failed", "met", "goodput", "ttft_p50_ms", "ttft_p90_ms", "itl_p99_ms")
-    report.publish(result, columns, [[row[name] for name in columns] for row in results], options.json)
+    report.publish(result, tuple(COLUMNS), [[row[key] for key in COLUMNS.values()] for row in results], options.json)
     for name in names if not options.json else ():
         met = [row["rate"] for row in results if row["system"] == name and row["met"] >= MET]
         print(f"{name}: {MET:.0%} meet both up to {max(met, default=0.0):g} requests/s")
