@@ -4,8 +4,9 @@ The same flags, the same run, prompts as token ids on every side, each prompt ne
 sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `whole` is a pair
 whose pages leave once a forward pass is over instead of layer by layer; `nixl` is SGLang's own pair, without any of us.
 "8 x" is eight requests at once: the median is over all of them. "fragmented": after many requests of all lengths, so
-that pages lie anywhere. By the router also where the time of the hand-offs went: until decode had found pages, until
-prefill had computed them, and handing them over.
+that pages lie anywhere. "text": the prompt is text, about a token a word, which workers and router tokenize.
+By the router also where the time went: in the router until it sent the request on (with text: rendering, tokenizing),
+until decode had found pages, until prefill had computed them, and handing them over.
 Below the table: where the time went inside the workers, by SGLang's own clock.
 """
 
@@ -18,9 +19,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,23 @@ from typing import Any
 import yaml
 
 from benchmarks import machine, report
-from benchmarks.bench_cluster import run_main, running
+from benchmarks.bench_cluster import run_main
 from benchmarks.client import Answer, complete, get_json
 from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
+from benchmarks.gpu_systems import System, all_running
 from benchmarks.legs import Pair, direct
 from benchmarks.reference import VOCABULARY
-from benchmarks.sglang_pair import sglang_pair
 from benchmarks.time_stats import FLAG, medians_ms, read
+from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
-from engine.launch.errors import LaunchFailed
 
 POOL_TOKENS = 70_000
 MAX_TOKENS = 4
 LAYERWISE_BYTES = 64 << 20
 CHURN = 150
 """Requests before a pool counts as fragmented."""
-NIXL = "nixl"
-Ask = Callable[[list[int]], Answer]
+Text = str | list[int]
+Ask = Callable[[Text], Answer]
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,16 @@ class Cell:
     tokens: int
     at_once: int = 1
     fragmented: bool = False
+    text: bool = False
 
     def __str__(self) -> str:
         many = f"{self.at_once} x " if self.at_once > 1 else ""
-        return f"{many}{self.tokens}{' fragmented' if self.fragmented else ''}"
+        return f"{many}{self.tokens}{' text' if self.text else ''}{' fragmented' if self.fragmented else ''}"
+
+    def prompt(self, chooser: random.Random) -> Text:
+        if self.text:
+            return sentence(chooser.getrandbits(60), self.tokens)
+        return chooser.choices(VOCABULARY, k=self.tokens)
 
 
 CELLS = (
@@ -65,14 +71,20 @@ CELLS = (
     Cell(32768),
     Cell(1024, at_once=8),
     Cell(8192, at_once=8),
+    Cell(64, text=True),
+    Cell(1024, text=True),
+    Cell(8192, text=True),
+    Cell(32768, text=True),
     Cell(8192, fragmented=True),
     Cell(1024, at_once=8, fragmented=True),
 )
 Times = dict[tuple[str, Cell], list[float]]
 SPANS = ("opening_s", "computing_s", "handover_s")
+ROUTER_SPAN = "queued_s"
 Handoffs = dict[tuple[str, Cell], dict[str, float]]
 """Medians over a cell's hand-offs."""
-System = Cluster | Pair
+WARM_TWICE_TOKENS = 8192
+"""Of cells with more, one round warms up: it takes seconds."""
 TOLD_S = 0.3
 """How long a decode worker may take to tell of a hand-off's end."""
 
@@ -84,8 +96,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7, help="of every cell (default 7)")
     parser.add_argument(
         "--clusters",
-        default="mono,layers whole nixl",
-        help="what is up at the same time, and what after it: as memory allows (default: mono,layers whole nixl)",
+        default="mono,layers,whole,nixl",
+        help="what is up at the same time, and what after it: as memory allows (default: mono,layers,whole,nixl)",
     )
     parser.add_argument("--keep", type=Path, help="a folder in which logs stay")
     options = parser.parse_args()
@@ -121,7 +133,8 @@ def main() -> int:
         "results": results,
     }
     columns = {"tokens": "cell", "way": "way", "TTFT p50 ms": "ttft_ms", "p90": "p90_ms", "added ms": "added_ms"}
-    columns |= {"finding pages": "opening_ms", "computing": "computing_ms", "handing over": "handover_ms"}
+    columns |= {"in the router": "queued_ms", "finding pages": "opening_ms"}
+    columns |= {"computing": "computing_ms", "handing over": "handover_ms"}
     rows = [[one.get(key, "") for key in columns.values()] for one in results]
     report.publish(result, tuple(columns), rows, options.json)
     if not options.json:
@@ -130,27 +143,6 @@ def main() -> int:
             for tokens, spans in by_tokens.items():
                 print(f"{name}, {tokens} tokens: {spans}")
     return 0
-
-
-@contextmanager
-def all_running(files: dict[str, Path]) -> Iterator[dict[str, System]]:
-    """Those that started, all at the same time; one that did not is told of, and missing."""
-    runs: dict[str, AbstractContextManager[System]] = {
-        name: sglang_pair(file) if name == NIXL else running(file, state_dir=file.parent)
-        for name, file in files.items()
-    }
-    with ThreadPoolExecutor(len(runs)) as threads, ExitStack() as up:
-        starting = {name: threads.submit(run.__enter__) for name, run in runs.items()}
-        wait(starting.values())
-        systems = {}
-        for name, one in starting.items():
-            try:
-                systems[name] = one.result()
-            except LaunchFailed as error:
-                report.progress(f"  {name} left out: {error}")
-                continue
-            up.push(runs[name])
-        yield systems
 
 
 def config(folder: Path, name: str, model: Path, flags: dict[str, Any]) -> Path:
@@ -197,23 +189,23 @@ def measure(way: str, ask: Ask, repeats: int, times: Times, url: str | None, han
     chooser = random.Random(way)
     with ThreadPoolExecutor(max(cell.at_once for cell in CELLS)) as threads:
 
-        def once(tokens: int, at_once: int) -> list[float]:
-            prompts = [[chooser.choice(VOCABULARY) for _ in range(tokens)] for _ in range(at_once)]
-            answers = list(threads.map(ask, prompts))
+        def once(cell: Cell) -> list[float]:
+            answers = list(threads.map(ask, [cell.prompt(chooser) for _ in range(cell.at_once)]))
             for answer in answers:
                 if answer.first_s is None or answer.error:
                     raise SystemExit(f"added_ttft: {way}: wanted a token, found {answer.status} {answer.error}")
             return [answer.first_s for answer in answers if answer.first_s is not None]
 
-        for cell, _ in itertools.product([cell for cell in CELLS if not cell.fragmented], range(2)):
-            once(cell.tokens, cell.at_once)
+        for cell in [cell for cell in CELLS if not cell.fragmented]:
+            for _ in range(2 if cell.tokens * cell.at_once <= WARM_TWICE_TOKENS else 1):
+                once(cell)
         churned = False
         for cell in CELLS:
             if cell.fragmented and not churned:
                 churned = True
                 for _ in range(CHURN // 4):
-                    once(chooser.randint(64, 2500), 4)
-            measured = [once(cell.tokens, cell.at_once) for _ in range(repeats)]
+                    once(Cell(chooser.randint(64, 2500), 4))
+            measured = [once(cell) for _ in range(repeats)]
             times[way, cell] = list(itertools.chain(*measured))
             if url is not None:
                 handoffs[way, cell] = spans_of_newest(url, len(times[way, cell]))
@@ -223,9 +215,10 @@ def measure(way: str, ask: Ask, repeats: int, times: Times, url: str | None, han
 def spans_of_newest(url: str, count: int) -> dict[str, float]:
     time.sleep(TOLD_S)
     newest = get_json(url, "/api/state")["requests"][:count]
+    spans = {ROUTER_SPAN: statistics.median(one[ROUTER_SPAN] for one in newest)}
     told = [get_json(url, f"/api/explain/{one['id']}")["handoff"] for one in newest]
     known = [one for one in told if one and one["handover_s"] is not None]
-    return {span: statistics.median(one[span] for one in known) for span in SPANS} if known else {}
+    return spans | ({span: statistics.median(one[span] for one in known) for span in SPANS} if known else {})
 
 
 def ahead_pages(cluster: Cluster) -> int:
@@ -245,6 +238,7 @@ def row(cell: Cell, way: str, times: Times, handoffs: Handoffs) -> dict[str, Any
         "tokens": cell.tokens,
         "at_once": cell.at_once,
         "fragmented": cell.fragmented,
+        "text": cell.text,
         "requests": len(taken),
         "ttft_ms": round(1e3 * p50, 1),
         "p90_ms": round(1e3 * taken[int(0.9 * (len(taken) - 1))], 1),

@@ -49,11 +49,20 @@ class Answer:
 
 def ask(url: str, path: str, body: dict[str, Any], timeout_s: float = 300.0) -> Answer:
     """Sends the body as a streaming request and reads the stream to its end. Never raises: see `error`."""
+    payload = streaming(body)
+    return ask_ready(url, path, payload, time.perf_counter(), timeout_s)
+
+
+def streaming(body: dict[str, Any]) -> str:
+    """The body of a request whose answer is to be streamed, ready to be sent."""
+    return json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
+
+
+def ask_ready(url: str, path: str, payload: str, started_s: float, timeout_s: float = 300.0) -> Answer:
+    """As `ask`, with a body that is ready, and a clock that began at `started_s` of `time.perf_counter`."""
     target = urlsplit(url)
     answer = Answer()
-    payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
     connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=timeout_s)
-    started_s = time.perf_counter()
     try:
         connection.request("POST", path, payload, {"content-type": "application/json"})
         response = connection.getresponse()

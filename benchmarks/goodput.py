@@ -5,23 +5,23 @@ a system prompt, each with a question of its own; arrivals at random (Poisson), 
 
     mainstem          one prefill and one decode worker of ours behind our router
     sglang nixl       the same of SGLang's own, over NIXL; this program sends both legs, so its router takes no time
-    both, robin       two workers that do both, in turn
-    both, mainstem    two workers that do both, behind our prefix routing
+    both, robin       two workers that do both, asked in turn by this program: a router that takes no time
+    both, mainstem    the same two behind our prefix routing
 
-Each load is a run of its own on prompts that no run before had; a system's capacity is the largest load of which 90 %
-met both. With one GPU for all workers they compete for it, and no link is crossed: then this says that it works.
+All workers are up at the same time, and idle but for those that are measured. Each load is a run of its own on prompts
+that no run before had; a system's capacity is the largest load of which 90 % met both. With one GPU for all workers no
+link is crossed: then this says that it works.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from typing import Any
 import yaml
 
 from benchmarks import machine, report
-from benchmarks.bench_cluster import run_main, running
+from benchmarks.bench_cluster import run_main
 from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
+from benchmarks.gpu_systems import NIXL, System, all_running
 from benchmarks.legs import Pair
 from benchmarks.reference import VOCABULARY
-from benchmarks.sglang_pair import sglang_pair
 from benchmarks.streams import Client, Stream, percentile, session
 
 TTFT_S = 0.5
@@ -63,14 +63,15 @@ class Load:
     rate: float
     seconds: float
     answer_tokens: int
-    seed: int
+    seed: str
+    """Of the tokens, which are others for each system: some share their workers. Arrivals and groups are the same."""
 
     def requests(self) -> list[tuple[float, list[int]]]:
         """When each is sent, from the start, and its prompt: group by group at random."""
-        chooser = random.Random(f"{self.seed} {self.rate}")
+        chooser, words = random.Random(self.rate), random.Random(f"{self.seed} {self.rate}")
 
         def tokens(count: int) -> list[int]:
-            return chooser.choices(VOCABULARY, k=count)
+            return words.choices(VOCABULARY, k=count)
 
         prefixes = [tokens(PREFIX_TOKENS) for _ in range(GROUPS)]
         found, at_s = [], chooser.expovariate(self.rate)
@@ -84,11 +85,13 @@ def main() -> int:
     parser = report.arguments(__doc__ or "")
     parser.add_argument("--model", type=Path, required=True, help="a model's folder; its config and tokenizer will do")
     parser.add_argument("--flags", type=yaml.safe_load, default={}, help="more of SGLang's flags, as YAML")
-    parser.add_argument("--rates", default="1,2,4,6,8", help="requests a second, one run each (default 1,2,4,6,8)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals in each run (default 20)")
+    rates = "1,2,4,8,12,16,20,24"
+    parser.add_argument("--rates", default=rates, help=f"requests a second, one run each (default {rates})")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals in each run (default 12)")
     parser.add_argument("--answer-tokens", type=int, default=250, help="of each answer (default 250)")
-    parser.add_argument("--pool-tokens", type=int, default=200_000, help="KV slots of each worker (default 200,000)")
+    parser.add_argument("--pool-tokens", type=int, default=130_000, help="KV slots of each worker (default 130,000)")
     parser.add_argument("--systems", default=";".join(SYSTEMS), help="which, by semicolons (default all)")
+    parser.add_argument("--keep", type=Path, help="a folder in which logs stay")
     options = parser.parse_args()
     names = options.systems.split(";")
     if unknown := [name for name in names if name not in SYSTEMS]:
@@ -97,13 +100,18 @@ def main() -> int:
         report.progress("goodput: wanted a GPU, found none")
         return 2
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            with serving(name, Path(folder), options) as target:
-                results += asyncio.run(measure(name, target, options))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        files = {group: cluster_file(folder / group, group, options) for group in dict.fromkeys(map(group_of, names))}
+        with all_running(files) as systems:
+            for name in names:
+                if group_of(name) in systems:
+                    results += asyncio.run(measure(name, targets(name, systems[group_of(name)]), options))
     link = "two GPUs" if gpu_count() > 1 else "one GPU for all workers: no link is crossed"
     objective = {"ttft_s": TTFT_S, "itl_p99_s": ITL_S, "met": MET}
-    result = {"gpus": machine.gpus(), "between": link, "objective": objective, "results": results}
+    load = {"groups": GROUPS, "prefix_tokens": PREFIX_TOKENS, "question_tokens": QUESTION_TOKENS}
+    load |= {"answer_tokens": options.answer_tokens, "seconds": options.seconds}
+    result = {"gpus": machine.gpus(), "between": link, "objective": objective, "load": load, "results": results}
     report.publish(result, tuple(COLUMNS), [[row[key] for key in COLUMNS.values()] for row in results], options.json)
     for name in names if not options.json else ():
         met = [row["rate"] for row in results if row["system"] == name and row["met"] >= MET]
@@ -111,48 +119,53 @@ def main() -> int:
     return 0
 
 
-@contextmanager
-def serving(name: str, folder: Path, options: argparse.Namespace) -> Iterator[str | Pair]:
-    """Where to send to, the system being up."""
-    own = folder / name.replace(", ", "-").replace(" ", "-")
-    own.mkdir()
-    file = gpu_config(
-        own / "cluster.yaml",
+def group_of(name: str) -> str:
+    """What has to be up for this system."""
+    return {"mainstem": "pair", "sglang nixl": NIXL}.get(name, "both")
+
+
+def cluster_file(folder: Path, group: str, options: argparse.Namespace) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return gpu_config(
+        folder / "cluster.yaml",
         options.model.resolve(),
         pool_tokens=options.pool_tokens,
         flags={"context-length": 16384, **options.flags},
-        both=2 if name.startswith("both") else 0,
-        policy="round_robin" if name == "both, robin" else None,
+        both=2 if group == "both" else 0,
         layerwise_bytes=LAYERWISE_BYTES,
     )
-    if name == "sglang nixl":
-        with sglang_pair(file) as pair:
-            yield pair
-    else:
-        with running(file, state_dir=own) as cluster:
-            yield cluster.url
 
 
-async def measure(name: str, target: str | Pair, options: argparse.Namespace) -> list[dict[str, Any]]:
+def targets(name: str, system: System) -> list[str | Pair]:
+    """Where requests are sent, in turn."""
+    if isinstance(system, Pair):
+        return [system]
+    if name == "both, robin":
+        return [f"http://{worker.host}:{worker.port}" for worker in system.plan.workers]
+    return [system.url]
+
+
+async def measure(name: str, where: list[str | Pair], options: argparse.Namespace) -> list[dict[str, Any]]:
     rates = [float(rate) for rate in options.rates.split(",")]
     found = []
     async with session() as opened:
-        client = Client(opened, target, MODEL)
-        await run(client, Load(1.0, 4.0, options.answer_tokens, seed=1))  # Compiles.
+        clients = [Client(opened, target, MODEL) for target in where]
+        await run(clients, Load(2.0, 4.0, options.answer_tokens, seed=name))  # Compiles.
         for rate in rates:
-            load = Load(rate, options.seconds, options.answer_tokens, seed=2)
-            found.append(row(name, load, await run(client, load)))
+            load = Load(rate, options.seconds, options.answer_tokens, seed="measured " * (1 + SYSTEMS.index(name)))
+            found.append(row(name, load, await run(clients, load)))
             report.progress(f"  {name}, {rate:g} requests/s: {found[-1]['met']:.0%} met both")
             if found[-1]["met"] < MET / 2:
                 break
     return found
 
 
-async def run(client: Client, load: Load) -> list[Stream]:
-    """All of its requests, each sent at its time whatever became of those before."""
+async def run(clients: list[Client], load: Load) -> list[Stream]:
+    """All of its requests, each sent at its time whatever became of those before, to the clients in turn."""
+    requests = load.requests()
     began_s = time.perf_counter()
     sent = []
-    for at_s, prompt in load.requests():
+    for client, (at_s, prompt) in zip(itertools.cycle(clients), requests, strict=False):
         await asyncio.sleep(max(0.0, began_s + at_s - time.perf_counter()))
         sent.append(asyncio.create_task(client.stream(prompt, load.answer_tokens)))
     return await asyncio.gather(*sent)

@@ -34,7 +34,6 @@ def gpu_config(
     pool_tokens: int,
     flags: dict[str, Any],
     both: int = 0,
-    policy: str | None = None,
     layerwise_bytes: int | None = None,
 ) -> Path:
     """Writes the cluster file.
@@ -44,7 +43,6 @@ def gpu_config(
     pool_tokens  KV slots of each worker: SGLang would take what another worker of the same GPU has left
     flags        more of SGLang's flags
     both         so many workers that do both, on a GPU each as far as there are any, in place of the pair
-    policy       the router's; None: the file's
     """
     tree = yaml.safe_load(NVLINK.read_text())
     tree["model"] = {"path": str(model), "served_name": MODEL}
@@ -59,8 +57,6 @@ def gpu_config(
         ]
     for group in tree["workers"]:
         group["engine"]["base-gpu-id"] %= gpus
-    if policy is not None:
-        tree["router"]["policy"] = policy
     tree["transfer"]["layerwise_bytes"] = layerwise_bytes
     with socket.socket() as placeholder:
         placeholder.bind(("127.0.0.1", 0))

@@ -229,6 +229,8 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
         self._manager = mgr
         self._sender = mgr.sender
         self._room = bootstrap_room
+        self.slots_changed = False
+        """Whether the cache has given this request pages of its own since it was last sent (engine.sglang_overlap)."""
         self._pages = 0
         self._sent_pages = 0
         self._aux_index = 0
@@ -273,12 +275,11 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
             and self._sender.goes_ahead(self._room)
         )
 
-    def ahead(self, first_token: int, kv_indices: npt.NDArray[np.int32], computed: Computed) -> None:
-        """These pages, from this token of the prompt on, may leave as soon as their layers are computed."""
-        page_tokens = self._manager.kv_args.page_size
-        first = (first_token - self._sender.prefix_tokens(self._room)) // page_tokens
+    def ahead(self, kv_indices: npt.NDArray[np.int32], computed: Computed) -> None:
+        """These pages, the prompt's first ones, may leave as soon as their layers are computed."""
         # What decode holds already is not wanted.
-        self._sender.ahead(self._room, max(first, 0), kv_indices[max(-first, 0) :], computed)
+        held = self._sender.prefix_tokens(self._room) // self._manager.kv_args.page_size
+        self._sender.ahead(self._room, 0, kv_indices[held:], computed)
 
     def poll(self) -> int:
         return FAILED if self._refused else _SENDER_POLL[self._sender.state(self._room)._value_]

@@ -1,8 +1,14 @@
 """Prefill's forward passes say when each layer is computed, so that pages leave layer by layer (`Sender.ahead`).
 
-    Scheduler.run_batch                         a pass begins; at its end its stream has all of it, and pages may leave
-    Scheduler.maybe_send_cached_prefix_chunk    just before it, once a request: which pages it is about to fill
+    Scheduler.run_batch                         a pass begins; at its end its stream has all of it
+    Scheduler.maybe_send_cached_prefix_chunk    just before it, once a request: which pages it has when the pass is over
     AttentionBackend.forward, layer n           the layers before n are in the pool, as far as the stream is concerned
+    Scheduler.process_batch_result              the pass before this one is sent, and now this one's pages may leave
+
+A route copies in order: pages of a pass that is yet to be computed must not go before those of the one before it are
+sent. So with SGLang's overlap, which begins a pass before it looks at the result of the last one, they wait for that.
+Which pages they are is known to the GPU first; to ask it would be to wait for the pass before, so it is told to say
+(`SlotReader`), and by the time that the pages may leave it has.
 
 For a model that does not come by that way, or runs in one CUDA graph, all layers are computed at the end of the pass.
 Then pages leave at once from there: still before the CPU has heard of it. Why only behind run_batch: `Computed`.
@@ -10,29 +16,43 @@ Then pages leave at once from there: still before the CPU has heard of it. Why o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.common import kv_to_page_indices
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from engine.forward_passes import ForwardPasses
+from engine.sglang_slots import SlotReader, SlotsRead
+from transfer.computed import Computed
+
+
+@dataclass(frozen=True)
+class _Going:
+    """One request of a pass whose pages are to go ahead."""
+
+    sender: Any
+    slots: SlotsRead
 
 
 class LayerHooks:
     """Act where a worker's KV manager has passes to record, which a prefill worker on a GPU has."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: SlotReader) -> None:
+        self._reader = reader
         self._passes: ForwardPasses | None = None
         """Of the process, while one of them runs."""
-        self._going: list[tuple[Any, int, Any]] = []
-        """Sender, first token and pages of each request of this pass whose pages are to go ahead."""
+        self._going: list[_Going] = []
+        """Of the pass that runs, or was put into its stream last."""
+        self._computed: Computed | None = None
+        """When that one's layers are, where its pages are still to leave."""
 
     def register(self) -> None:
         scheduler = "sglang.srt.managers.scheduler.Scheduler."
         attention = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend."
         HookRegistry.register(scheduler + "run_batch", self.run_batch, HookType.AROUND)
         HookRegistry.register(scheduler + "maybe_send_cached_prefix_chunk", self.about_to_run, HookType.AFTER)
+        HookRegistry.register(scheduler + "process_batch_result", self.result_processed, HookType.AFTER)
         HookRegistry.register(attention + "forward", self.attention, HookType.BEFORE)
 
     def run_batch(self, original: Any, scheduler: Any, batch: Any, *arguments: Any, **named: Any) -> Any:
@@ -40,6 +60,7 @@ class LayerHooks:
         if passes is None or not batch.forward_mode.is_extend():
             return original(scheduler, batch, *arguments, **named)
         stream = scheduler.forward_stream if scheduler.enable_overlap else torch.cuda.current_stream()
+        self._leave()  # Its result was never looked at.
         passes.begin(stream.cuda_stream)
         self._passes, self._going = passes, []
         try:
@@ -47,33 +68,41 @@ class LayerHooks:
         finally:
             self._passes = None
         if self._going:
-            computed = passes.end()
-            for sender, first_token, pages in self._going:
-                sender.ahead(first_token, pages, computed)
+            self._computed = passes.end()
+        if not (scheduler.enable_overlap and scheduler.last_batch):
+            self._leave()
         return result
 
     def about_to_run(self, _nothing: None, scheduler: Any, request: Any) -> None:
-        """Notes the pages that this pass fills; of those that it does not fill, only a prompt's last one.
+        """Notes the pages that are full when this pass is over, and a prompt's last one; those that a cache had too.
 
         Also of a request that decode has not granted pages yet: it may have when the pass is in its stream.
         """
         if self._passes is None:
             return
         page_tokens = scheduler.token_to_kv_pool_allocator.page_size
-        start, end = request.extend_range.start, request.extend_range.end
-        start -= start % page_tokens
+        end = request.extend_range.end
         if end < len(request.origin_input_ids):
             end -= end % page_tokens
         sender = request.disagg_kv_sender
         # A request of SGLang's own, to warm up or to ask for health, has a sender of SGLang's own.
         goes_ahead = getattr(sender, "goes_ahead", None)
-        if goes_ahead is not None and goes_ahead(-(-(end - start) // page_tokens)):
-            slots = scheduler.req_to_token_pool.req_to_token[request.req_pool_idx, start:end]
-            self._going.append((sender, start, kv_to_page_indices(slots, page_tokens)))
+        if goes_ahead is not None and goes_ahead(-(-end // page_tokens)):
+            slots = scheduler.req_to_token_pool.req_to_token[request.req_pool_idx, :end]
+            self._going.append(_Going(sender, self._reader.read(slots, page_tokens)))
+
+    def result_processed(self, _nothing: None, _scheduler: Any, *_batch: Any, **_named: Any) -> None:
+        self._leave()
 
     def attention(self, *arguments: Any, **named: Any) -> None:
         if self._passes is not None and self._going:
             self._passes.reaches((named["layer"] if "layer" in named else arguments[4]).layer_id)
+
+    def _leave(self) -> None:
+        computed, self._computed = self._computed, None
+        if computed is not None:
+            for one in self._going:
+                one.sender.ahead(one.slots.pages(), computed)
 
 
 def layers_of(buffers: int, *, is_mla: bool) -> tuple[tuple[int, ...], ...]:

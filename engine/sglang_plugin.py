@@ -10,6 +10,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     aborted while it waits        -> its room is let go, and decode is told
     decode's own cached prefix    -> not counted as prefill that was saved, sound where the pool runs full
     how far a forward pass is     -> engine.sglang_layers
+    a pass while the next one runs -> engine.sglang_overlap
     one rank asks itself          -> engine.sglang_polls
     nothing to compute            -> engine.sglang_idle
     no CUDA                       -> engine.sglang_cpu
@@ -34,6 +35,8 @@ from engine.outbox import Outbox
 from engine.page_events import PageEvents
 from engine.sglang_idle import IdleHook
 from engine.sglang_layers import LayerHooks
+from engine.sglang_overlap import OverlapHooks
+from engine.sglang_slots import SlotReader
 from engine.spec import EPOCH_VARIABLE, SPEC_VARIABLE, WorkerSpec, page_socket
 from transfer.pool import SharedArena
 from transfer.wire import Pools
@@ -61,7 +64,9 @@ def register() -> None:
     HookRegistry.register(events + "_record_store_event", hooks.stored, HookType.AROUND)
     HookRegistry.register(events + "_record_remove_event", hooks.removed, HookType.AROUND)
     HookRegistry.register(events + "_record_all_cleared_event", hooks.cleared, HookType.AROUND)
-    LayerHooks().register()
+    reader = SlotReader()
+    LayerHooks(reader).register()
+    OverlapHooks(reader).register()
     IdleHook().register()
     sglang_token_ids.register()
     sglang_polls.apply()

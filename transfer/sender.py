@@ -263,8 +263,9 @@ class Sender:
         return outgoing.state if outgoing is not None else SenderState.ABSENT
 
     def prefix_tokens(self, room: int) -> int:
-        """Tokens at the prompt's start that decode holds already."""
-        return self._rooms[room].prefix_tokens
+        """Tokens at the prompt's start that decode holds already; 0 where it has not said so (yet)."""
+        outgoing = self._rooms.get(room)
+        return outgoing.prefix_tokens if outgoing is not None else 0
 
     def reason(self, room: int) -> str:
         """Why the room failed; empty where it did not."""

@@ -20,20 +20,29 @@ def test_a_request_meets_both_objectives_or_does_not_count() -> None:
     fine, late, slow = stream(0.4, 0.02, 0.02), stream(0.6, 0.02), stream(0.4, 0.02, 0.05)
     broken, nothing = stream(0.4, 0.02, error="503"), Stream(10.0, [], "no token")
     assert [met(one) for one in (fine, late, slow, broken, nothing)] == [True, False, False, False, False]
-    told = row("mainstem", Load(2.0, 5.0, 3, 1), [fine, late, slow, broken, nothing])
+    told = row("mainstem", Load(2.0, 5.0, 3, "one"), [fine, late, slow, broken, nothing])
     assert (told["requests"], told["failed"], told["met"], told["goodput"]) == (5, 2, 0.2, 0.2)
     assert told["ttft_p50_ms"] == pytest.approx(400)
 
 
-def test_every_system_is_sent_the_same_requests_and_no_two_loads_share_a_prefix() -> None:
-    first, again, other = (Load(rate, 20.0, 3, 2).requests() for rate in (4.0, 4.0, 6.0))
+def test_every_system_is_sent_requests_of_the_same_shape_and_no_two_runs_share_a_prefix() -> None:
+    seeds = (("one", 4.0), ("one", 4.0), ("one", 6.0), ("two", 4.0))
+    first, again, other, elsewhere = (Load(rate, 20.0, 3, seed).requests() for seed, rate in seeds)
     assert first == again
     assert 40 < len(first) < 130
     assert [at for at, _ in first] == sorted(at for at, _ in first)
     assert {len(prompt) for _, prompt in first} == {PREFIX_TOKENS + QUESTION_TOKENS}
-    prefixes, others = ({tuple(prompt[:PREFIX_TOKENS]) for _, prompt in load} for load in (first, other))
-    assert 1 < len(prefixes) <= GROUPS
-    assert not prefixes & others
+    assert [at for at, _ in first] == [at for at, _ in elsewhere]
+    assert groups(first) == groups(elsewhere)
+    prefixes = [{tuple(prompt[:PREFIX_TOKENS]) for _, prompt in load} for load in (first, other, elsewhere)]
+    assert all(1 < len(one) <= GROUPS for one in prefixes)
+    assert len(set.union(*prefixes)) == sum(map(len, prefixes))
+
+
+def groups(requests: list[tuple[float, list[int]]]) -> list[int]:
+    """Of each request, the first one that shared its prefix."""
+    beginnings = [tuple(prompt[:PREFIX_TOKENS]) for _, prompt in requests]
+    return [beginnings.index(one) for one in beginnings]
 
 
 def test_gaps_belong_to_the_phase_in_which_both_tokens_came() -> None:

@@ -1,6 +1,6 @@
 """What the hooks make of a batch of SGLang's: which pages are about to be computed, and when that is said.
 
-SGLang's own objects are stood for by ones with the same fields; its `kv_to_page_indices` is real.
+SGLang's own objects are stood for by ones with the same fields.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Sender:
     def __init__(self, *, goes: bool = True) -> None:
         self.goes = goes
         self.asked_pages: list[int] = []
-        self.went: list[tuple[int, list[int], Any]] = []
+        self.went: list[tuple[list[int], Any]] = []
 
     def goes_ahead(self, pages: int) -> bool:
         self.asked_pages.append(pages)
         return self.goes
 
-    def ahead(self, first_token: int, pages: Any, computed: Any) -> None:
-        self.went.append((first_token, pages.tolist(), computed))
+    def ahead(self, pages: Any, computed: Any) -> None:
+        self.went.append((pages.tolist(), computed))
 
 
 class Run:
@@ -37,9 +37,10 @@ class Run:
     def __init__(self, layers: int = 3, *, counts: bool = True) -> None:
         from engine.forward_passes import ForwardPasses
         from engine.sglang_layers import LayerHooks
+        from engine.sglang_slots import SlotReader
 
         self.recorded: list[int] = []
-        self.hooks = LayerHooks()
+        self.hooks = LayerHooks(SlotReader())
         self.layers = layers
         passes = ForwardPasses(
             [list(range(layers))], lambda event, _stream: self.recorded.append(event), lambda: STREAM
@@ -48,6 +49,7 @@ class Run:
         self.scheduler = SimpleNamespace(
             disagg_prefill_bootstrap_queue=SimpleNamespace(kv_manager=manager),
             enable_overlap=True,
+            last_batch=None,
             forward_stream=SimpleNamespace(cuda_stream=STREAM),
             token_to_kv_pool_allocator=SimpleNamespace(page_size=PAGE),
             # Request 0 has the pages 10, 11, …; request 1 the pages 50, 51, ….
@@ -86,23 +88,43 @@ class Run:
 def test_a_whole_prompt_goes_ahead_with_its_last_page_and_each_layer_has_an_event() -> None:
     run, sender = Run(), Sender()
     assert run.batch(run.request(0, 0, 100, 100, sender)) == "result"
-    [(first, pages, computed)] = sender.went
-    assert (first, pages, computed.events) == (0, list(range(10, 17)), (0, 1, 2))
+    [(pages, computed)] = sender.went
+    assert (pages, computed.events) == (list(range(10, 17)), (0, 1, 2))
     assert sender.asked_pages == [7]
 
 
 def test_of_a_chunk_the_page_that_it_does_not_fill_stays_and_the_next_one_brings_it() -> None:
+    """And those before it: the sender knows which of them have left."""
     run, sender = Run(), Sender()
     run.batch(run.request(1, 0, 40, 100, sender))
     run.batch(run.request(1, 40, 100, 100, sender))
-    assert [(first, pages) for first, pages, _ in sender.went] == [(0, [50, 51]), (32, [52, 53, 54, 55, 56])]
+    assert [pages for pages, _ in sender.went] == [[50, 51], [50, 51, 52, 53, 54, 55, 56]]
+
+
+def test_what_a_cache_had_goes_ahead_too() -> None:
+    run, sender = Run(), Sender()
+    run.batch(run.request(1, 48, 100, 100, sender))
+    assert [pages for pages, _ in sender.went] == [[50, 51, 52, 53, 54, 55, 56]]
 
 
 def test_two_requests_of_a_batch_share_its_events() -> None:
     run, one, two = Run(), Sender(), Sender()
     run.batch(run.request(0, 0, 64, 64, one), run.request(1, 16, 64, 64, two))
-    assert one.went[0][2] is two.went[0][2]
-    assert two.went[0][:2] == (16, [51, 52, 53])
+    assert one.went[0][1] is two.went[0][1]
+    assert two.went[0][0] == [50, 51, 52, 53]
+
+
+def test_a_pass_that_begins_before_the_last_one_was_sent_waits_for_that() -> None:
+    """A route copies in order: what was computed would wait behind what is not."""
+    run, first, second = Run(), Sender(), Sender()
+    run.batch(run.request(0, 0, 64, 64, first))
+    run.scheduler.last_batch = "the first one"
+    run.batch(run.request(1, 0, 64, 64, second))
+    assert (len(first.went), len(second.went)) == (1, 0)
+    run.hooks.result_processed(None, run.scheduler, "the first one", "result")
+    assert [pages for pages, _ in second.went] == [[50, 51, 52, 53]]
+    run.hooks.result_processed(None, run.scheduler, "the second one", "result")
+    assert len(second.went) == 1
 
 
 @pytest.mark.parametrize("how", ["small", "no GPU", "decode"])
@@ -118,14 +140,14 @@ def test_a_pass_that_fails_sends_nothing_and_leaves_nothing_behind() -> None:
         run.batch(run.request(0, 0, 64, 64, sender), fails=True)
     run.batch(run.request(1, 0, 16, 16, later))
     assert sender.went == []
-    assert [pages for _, pages, _ in later.went] == [[50]]
+    assert [pages for pages, _ in later.went] == [[50]]
 
 
 def test_requests_with_a_sender_of_sglangs_own_are_left_alone() -> None:
     run, sender = Run(), Sender()
     fake = SimpleNamespace(went=[])
     assert run.batch(run.request(0, 0, 64, 64, fake), run.request(1, 0, 64, 64, sender)) == "result"
-    assert [first for first, _, _ in sender.went] == [0]
+    assert [pages for pages, _ in sender.went] == [[50, 51, 52, 53]]
 
 
 def test_which_buffers_are_whose() -> None:
