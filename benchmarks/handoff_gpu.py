@@ -11,22 +11,37 @@ from __future__ import annotations
 
 import itertools
 import logging
+import multiprocessing
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from types import FrameType
 from typing import Any
 
 from benchmarks import report
 from benchmarks.bench_cluster import run_main
 from benchmarks.machine import gpus
-from benchmarks.ways.ends import HandOffFailed
-from benchmarks.ways.gpu import BASELINE, WAYS, GpuCell, GpuPrefillWays, compare, decode_end, devices, missing
+from benchmarks.ways.ends import DecodeEnd, HandOffFailed
+from benchmarks.ways.gpu import (
+    BASELINE,
+    WAYS,
+    GpuCell,
+    GpuPrefillWays,
+    compare,
+    decode_end,
+    devices,
+    missing,
+    too_slow,
+)
 from benchmarks.ways.memory import WrongByte
 from benchmarks.ways.prefill_process import Open, PrefillProcess, Send, running_prefill
 from transfer.cuda import CudaFailed, Device
 from transfer.gpu_memory import GpuMemory
+from transfer.layout import PoolLayout
 
 CELLS = (
     GpuCell(1, 128 << 10),
@@ -36,8 +51,11 @@ CELLS = (
     GpuCell(8192, 2 << 10),
 )
 ROUNDS = 3
-MOST_S, LEAST_REPETITIONS = 3.0, 5
+MOST_S, LEAST_REPETITIONS = 1.5, 5
 """A round of a way that takes seconds for one hand-off ends early."""
+PATIENCE_S = 20.0
+LOOK_EVERY_S = 0.5
+"""So often the main thread looks whether it waits in vain."""
 COLUMNS = {
     "cell": "cell",
     "way": "way",
@@ -54,6 +72,13 @@ def main(argv: Sequence[str]) -> int:
     parser = report.arguments(__doc__ or "")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"how many (default {ROUNDS})")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=PATIENCE_S,
+        metavar="S",
+        help=f"a way is given up on in a cell of which one round takes longer (default {PATIENCE_S:g} seconds)",
+    )
     options = parser.parse_args(argv)
     if unknown := [name for name in options.only if name not in WAYS]:
         parser.error(f"--only: wanted some of {', '.join(WAYS)}, found {', '.join(unknown)}")
@@ -69,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
             report.progress(f"  {way} left out: {reason}")
         elif way != BASELINE:
             ways.append(way)
-    times, failed = measure(ways, options.rounds, here, there)
+    times, failed = measure(ways, options.rounds, options.patience, here, there)
     results = [summary(way, cell, times) for cell in CELLS for way in ways if (way, cell) in times]
     link = "two GPUs" if here != there else "one GPU: no link is crossed"
     result = {"gpus": gpus(), "between": link, "rounds": options.rounds, "results": results, "failed": failed}
@@ -81,59 +106,123 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def measure(ways: Sequence[str], rounds: int, here: int, there: int) -> tuple[Times, dict[str, str]]:
+def measure(ways: Sequence[str], rounds: int, patience_s: float, here: int, there: int) -> tuple[Times, dict[str, str]]:
     """Every repetition's time; and why a way came to nothing, by way and cell."""
     times: Times = {}
     failed: dict[str, str] = {}
     device = Device(there)
-    for cell in CELLS:
-        memory = GpuMemory(device, cell.layout)
-        for number, way in itertools.product(range(rounds), ways):
-            name = f"{way}, {cell}"
-            if name in failed:
-                continue
-            try:
-                # A process for each: what one way leaves behind (UCX's settings, mappings) is not the next one's.
-                with running_prefill(GpuPrefillWays, here) as prefill:
-                    took_us = measure_way(Open(way, cell, 2, number, None), memory, prefill)
-            except (WrongByte, HandOffFailed, CudaFailed) as error:
-                failed[name] = str(error)
-                report.progress(f"  {name}: {error}")
-                continue
-            times.setdefault((way, cell), []).append(took_us)
-            report.progress(f"  round {number + 1} of {rounds}, {name}: {statistics.median(took_us):.0f} us")
+    memories: dict[PoolLayout, GpuMemory] = {}
+    with _Prefills(here) as prefills:
+        for cell in CELLS:
+            if cell.layout not in memories:
+                memories[cell.layout] = GpuMemory(device, cell.layout)
+            for number, way in itertools.product(range(rounds), ways):
+                name = f"{way}, {cell}"
+                if name in failed:
+                    continue
+                if reason := too_slow(way, cell):
+                    failed[name] = reason
+                    continue
+                request = Open(way, cell, 2, number, None)
+                try:
+                    took_us = measure_way(request, memories[cell.layout], prefills.of(way), patience_s)
+                except (WrongByte, HandOffFailed, CudaFailed) as error:
+                    prefills.end(way)
+                    failed[name] = str(error)
+                    report.progress(f"  {name}: {error}")
+                    continue
+                times.setdefault((way, cell), []).append(took_us)
+                report.progress(f"  round {number + 1} of {rounds}, {name}: {statistics.median(took_us):.0f} us")
+    for memory in memories.values():
         memory.free()
     return times, failed
 
 
-def measure_way(request: Open, memory: GpuMemory, prefill: PrefillProcess) -> list[float]:
-    """One round of one way and cell, in microseconds. Raises WrongByte, HandOffFailed, CudaFailed."""
-    cell, seed = request.cell, request.seed
-    end = decode_end(request.way, memory, request.lanes)
-    done_s: list[float] = []
+class _Prefills:
+    """A process for each way: what one leaves behind (UCX's settings, mappings) is not the next one's."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._running: dict[str, tuple[ExitStack, PrefillProcess]] = {}
+
+    def __enter__(self) -> _Prefills:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for way in list(self._running):
+            self.end(way)
+
+    def of(self, way: str) -> PrefillProcess:
+        if way not in self._running:
+            stack = ExitStack()
+            self._running[way] = stack, stack.enter_context(running_prefill(GpuPrefillWays, self._device))
+        return self._running[way][1]
+
+    def end(self, way: str) -> None:
+        """The next one of this way is a new one."""
+        stack, _ = self._running.pop(way)
+        stack.close()
+
+
+@contextmanager
+def limited(patience_s: float) -> Iterator[None]:
+    """Raises HandOffFailed inside when so much time has passed, or when a prefill process has ended meanwhile: no way's
+    own waiting knows of either."""
+    until_s = time.monotonic() + patience_s
+    running = len(multiprocessing.active_children())
+
+    def look(_signal: int, _frame: FrameType | None) -> None:
+        reason = None
+        if len(multiprocessing.active_children()) < running:
+            reason = "the prefill process is gone; its error is above"
+        elif time.monotonic() > until_s:
+            reason = f"given up: one round was not over after {patience_s:g} s"
+        if reason is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise HandOffFailed(reason)
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, LOOK_EVERY_S, LOOK_EVERY_S)
     try:
-        end.join(prefill.open(Open(request.way, cell, request.lanes, seed, end.describe())))
-        end.expect(1, cell.everywhere()[1])
-        prefill.tell(Send(1, None))
-        end.wait(1)
-        until_s = time.monotonic() + MOST_S
-        for repetition in range(cell.repetitions):
-            if repetition >= LEAST_REPETITIONS and time.monotonic() > until_s:
-                break
-            source, destination = cell.choose(seed, repetition)
-            # The baseline's pages are not the chosen ones.
-            checked = repetition in (0, LEAST_REPETITIONS - 1) and request.way != BASELINE
-            if checked:
-                memory.wipe(destination)
-            room = 2 + repetition
-            end.expect(room, destination)
-            prefill.tell(Send(room, repetition))
-            done_s.append(end.wait(room))
-            if checked:
-                compare(memory, destination, source, seed)
-        spent = prefill.close()
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure_way(request: Open, memory: GpuMemory, prefill: PrefillProcess, patience_s: float) -> list[float]:
+    """One round of one way and cell, in microseconds. Raises WrongByte, HandOffFailed, CudaFailed."""
+    end = decode_end(request.way, memory, request.lanes)
+    try:
+        with limited(patience_s):
+            return _measure_end(end, request, memory, prefill)
     finally:
         end.close()
+
+
+def _measure_end(end: DecodeEnd, request: Open, memory: GpuMemory, prefill: PrefillProcess) -> list[float]:
+    cell, seed = request.cell, request.seed
+    done_s: list[float] = []
+    end.join(prefill.open(Open(request.way, cell, request.lanes, seed, end.describe())))
+    end.expect(1, cell.everywhere()[1])
+    prefill.tell(Send(1, None))
+    end.wait(1)
+    until_s = time.monotonic() + MOST_S
+    for repetition in range(cell.repetitions):
+        if repetition >= LEAST_REPETITIONS and time.monotonic() > until_s:
+            break
+        source, destination = cell.choose(seed, repetition)
+        # The baseline's pages are not the chosen ones.
+        checked = repetition in (0, LEAST_REPETITIONS - 1) and request.way != BASELINE
+        if checked:
+            memory.wipe(destination)
+        room = 2 + repetition
+        end.expect(room, destination)
+        prefill.tell(Send(room, repetition))
+        done_s.append(end.wait(room))
+        if checked:
+            compare(memory, destination, source, seed)
+    spent = prefill.close()
     return [(done - began) * 1e6 for done, began in zip(done_s, spent.began_s, strict=True)]
 
 

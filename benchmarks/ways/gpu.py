@@ -6,6 +6,8 @@ nvlink        the transport alone: both ends look without a pause
 product       the whole hand-off over it: transfer.sender, transfer.receiver, and their threads
 nixl          the product over NIXL, as it is configured for GPUs
 nixl-raw      NIXL by hand with CUDA IPC and its default error handling, both sides spinning; +peer: with the other
+ucx           UCX by hand, NIXL's copy of it: a put for each row, both sides spinning; +list: one put for all
+mooncake      Mooncake's transfer engine by hand, over its own way inside a host: one batch of copies, decode spinning
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.ways import nixl_raw
+from benchmarks.ways import mooncake_raw, nixl_raw
 from benchmarks.ways.cell import AUX, Order, choose, short
 from benchmarks.ways.ends import WAIT_S, DecodeEnd, HandOffFailed, PrefillEnd
 from benchmarks.ways.memory import WrongByte
+from benchmarks.ways.mooncake_raw import MooncakeDecode, MooncakePrefill
 from benchmarks.ways.product import ProductDecode, ProductPrefill
+from benchmarks.ways.told import SEQUENCE_AT, wait_until_told
+from benchmarks.ways.ucx_raw import Buffers, UcxDecode, UcxPrefill
 from transfer.cuda import CudaFailed, Device
 from transfer.gpu_memory import GpuMemory
 from transfer.landed_ring import SIZE_BYTES, RingAddress, RingReader, RingWriter
@@ -32,13 +37,24 @@ from transfer.layout import PoolLayout
 from transfer.nvlink import NvlinkTransport
 from transfer.plan import Pages
 
-WAYS = ("copy-engine", "copy-batch", "nvlink", "product", "nixl", "nixl-raw", "nixl-raw+peer")
+WAYS = (
+    "copy-engine",
+    "copy-batch",
+    "nvlink",
+    "product",
+    "nixl",
+    "nixl-raw",
+    "nixl-raw+peer",
+    "ucx",
+    "ucx+list",
+    "mooncake",
+)
 BASELINE = "copy-engine"
+MOST_ROWS = 1 << 16
+"""Of one hand-off, where each costs microseconds."""
 BUFFERS = 64
 """K and V of 32 layers: Llama-3.1-8B."""
 CHECKED_ROWS = 64
-_SEQUENCE_AT = 16
-"""Of a record in the ring, in bytes."""
 _RAW_ENVIRONMENT = {"UCX_TLS": "cuda_ipc,cuda_copy,sm,tcp", "UCX_NET_DEVICES": "all", "NIXL_LOG_LEVEL": "WARN"}
 
 
@@ -52,11 +68,15 @@ class GpuCell:
 
     def __str__(self) -> str:
         order = "" if self.order == "random" else f" {self.order}"
-        return f"{self.pages * self.buffers} rows x {short(self.page_bytes)}{order}"
+        return f"{self.rows} rows x {short(self.page_bytes)}{order}"
+
+    @property
+    def rows(self) -> int:
+        return self.pages * self.buffers
 
     @property
     def moved_bytes(self) -> int:
-        return self.pages * self.page_bytes * self.buffers
+        return self.rows * self.page_bytes
 
     @property
     def layout(self) -> PoolLayout:
@@ -88,9 +108,16 @@ def devices() -> tuple[int, int]:
 
 def missing(way: str) -> str | None:
     """Why this way cannot be measured here; None where it can."""
-    if way.startswith("nixl") and nixl_raw.package() is None:
+    if way.startswith(("nixl", "ucx")) and nixl_raw.package() is None:
         return f"wanted one of {', '.join(nixl_raw.PACKAGES)} installed"
-    return None
+    return mooncake_raw.missing() if way == "mooncake" else None
+
+
+def too_slow(way: str, cell: GpuCell) -> str | None:
+    """Why this way is not tried in this cell; None where it is."""
+    if way in (BASELINE, "nvlink", "product") or cell.rows <= MOST_ROWS:
+        return None
+    return "left out: a copy for each row, so seconds for each hand-off"
 
 
 class GpuPrefillWays:
@@ -98,7 +125,7 @@ class GpuPrefillWays:
 
     def __init__(self, device: int) -> None:
         self._device = Device(device)
-        self._memory: tuple[GpuCell, GpuMemory] | None = None
+        self._memory: GpuMemory | None = None
 
     def end(self, way: str, cell: GpuCell, lanes: int, description: Any) -> PrefillEnd:
         memory = self._pool(cell)
@@ -111,16 +138,20 @@ class GpuPrefillWays:
                 return ProductPrefill("nvlink" if way == "product" else "nixl", memory.pool, lanes, "VRAM")
             case "nixl-raw" | "nixl-raw+peer":
                 return _NixlPrefill(memory, description, peer=way.endswith("+peer"))
+            case "ucx" | "ucx+list":
+                return UcxPrefill(_buffers(memory), description, listed=way.endswith("+list"))
+            case "mooncake":
+                return MooncakePrefill(memory, description)
             case _:
                 raise ValueError(f"way: wanted one of {', '.join(WAYS)}, found {way}")
 
     def _pool(self, cell: GpuCell) -> GpuMemory:
-        if self._memory is None or self._memory[0] != cell:
+        if self._memory is None or self._memory.layout != cell.layout:
             if self._memory is not None:
-                self._memory[1].free()
-            self._memory = (cell, GpuMemory(self._device, cell.layout))
-            self._memory[1].pattern()
-        return self._memory[1]
+                self._memory.free()
+            self._memory = GpuMemory(self._device, cell.layout)
+            self._memory.pattern()
+        return self._memory
 
 
 def decode_end(way: str, memory: GpuMemory, lanes: int) -> DecodeEnd:
@@ -133,8 +164,16 @@ def decode_end(way: str, memory: GpuMemory, lanes: int) -> DecodeEnd:
             return ProductDecode("nvlink" if way == "product" else "nixl", memory.pool, None, lanes, "VRAM")
         case "nixl-raw" | "nixl-raw+peer":
             return _NixlDecode(memory, peer=way.endswith("+peer"))
+        case "ucx" | "ucx+list":
+            return UcxDecode(_buffers(memory), memory.pool)
+        case "mooncake":
+            return MooncakeDecode(memory)
         case _:
             raise ValueError(f"way: wanted one of {', '.join(WAYS)}, found {way}")
+
+
+def _buffers(memory: GpuMemory) -> Buffers:
+    return Buffers(memory.pointers, memory.layout.page_bytes, memory.layout.pages)
 
 
 def compare(memory: GpuMemory, destination: Pages, source: Pages, seed: int) -> None:
@@ -177,7 +216,7 @@ class _CopyPrefill:
         ]
         self._device.copy(self._stream, copies)
         sequence, offset = self._ring.next()
-        self._device.write_word(self._stream, self._ring_pointer + offset + _SEQUENCE_AT, sequence)
+        self._device.write_word(self._stream, self._ring_pointer + offset + SEQUENCE_AT, sequence)
         return began_s
 
     def close(self) -> None:
@@ -203,11 +242,7 @@ class _CopyDecode:
         pass
 
     def wait(self, room: int) -> float:
-        deadline_s = time.monotonic() + WAIT_S
-        while not self._ring.take():
-            if time.monotonic() > deadline_s:
-                raise HandOffFailed(f"not over after {WAIT_S:g} s")
-        return time.monotonic()
+        return wait_until_told(self._ring)
 
     def close(self) -> None:
         self._ring.close()
