@@ -4,26 +4,29 @@ MAINSTEM_GPU_MODEL is the folder of a model. Where there are no weights in it, `
 are made up then, the same ones in every process. MAINSTEM_GPU_FLAGS are more of SGLang's flags, as YAML. With one GPU
 all workers share it: memory is mapped the same way, but no link is crossed.
 
-Requests come one after the other, so that every step has the same shape on both sides, and its arithmetic the same
-result to the last bit: outputs are compared token by token, and near ties are not left out.
+Where requests come one after the other, every step has the same shape on both sides, and its arithmetic the same result
+to the last bit: outputs are compared token by token, and near ties are not left out.
 """
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from benchmarks.added_ttft import ahead_pages
 from benchmarks.client import get_json
+from benchmarks.gpu_cluster import MODEL as MODEL_NAME
 from benchmarks.gpu_cluster import gpu_config
+from benchmarks.gpu_systems import all_running
 from benchmarks.reference import Reference, generate, prompt_of
-from engine.config import ClusterConfig, read_cluster
 from engine.launch.cluster import Cluster
-from tests.cluster.conftest import started
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -31,49 +34,93 @@ PROMPTS = int(os.environ.get("MAINSTEM_GPU_PROMPTS", "200"))
 MODEL = "MAINSTEM_GPU_MODEL"
 POOL_TOKENS = 16384
 """KV slots of each worker: SGLang would take what another worker of the same GPU has left."""
+SURE = 0.3
+"""Of a token: so far are the two best apart in log-probability."""
 
 
-def config(folder: Path, *, both: int = 0, layerwise_bytes: int | None = None) -> ClusterConfig:
-    flags = {"disable-cuda-graph": True, "context-length": 4096}
+WAYS = {"alone": None, "whole": None, "layers": 1 << 20}
+"""Systems, and from how many bytes their pages leave layer by layer."""
+
+
+def config(folder: Path, name: str) -> Path:
+    flags = {"cuda-graph-max-bs": 2, "context-length": 4096}
     flags |= yaml.safe_load(os.environ.get("MAINSTEM_GPU_FLAGS", "{}"))
-    model = Path(os.environ[MODEL])
-    file = folder / "cluster.yaml"
-    gpu_config(file, model, pool_tokens=POOL_TOKENS, flags=flags, both=both, layerwise_bytes=layerwise_bytes)
-    return read_cluster(file)
+    return gpu_config(
+        folder / f"{name}.yaml",
+        Path(os.environ[MODEL]),
+        pool_tokens=POOL_TOKENS,
+        flags=flags,
+        both=int(name == "alone"),
+        layerwise_bytes=WAYS[name],
+    )
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> list[Reference]:
+def clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Cluster]]:
+    """All up at the same time: to start takes longer than to compare."""
+    files = {name: config(tmp_path_factory.mktemp(name), name) for name in WAYS}
+    with all_running(files) as systems:
+        assert set(systems) == set(WAYS), "one did not start: its log is in its folder"
+        yield {name: system for name, system in systems.items() if isinstance(system, Cluster)}
+
+
+@pytest.fixture(scope="module")
+def references(clusters: dict[str, Cluster]) -> list[Reference]:
     chooser = random.Random(12)
     lengths = [chooser.randint(5, 3000) for _ in range(PROMPTS)]
-    folder = tmp_path_factory.mktemp("alone")
-    with started(config(folder, both=1), folder) as cluster:
-        worker = cluster.plan.workers[0]
-        url = f"http://{worker.host}:{worker.port}"
-        found = []
-        for number, length in enumerate(lengths):
-            prompt = prompt_of(length, seed=number)
-            choice = generate(url, worker.served_model, prompt)
-            found.append(Reference(prompt, choice["logprobs"]["tokens"], choice["text"]))
+    worker = clusters["alone"].plan.workers[0]
+    found = []
+    for number, length in enumerate(lengths):
+        prompt = prompt_of(length, seed=number)
+        choice = generate(f"http://{worker.host}:{worker.port}", worker.served_model, prompt)
+        found.append(Reference(prompt, choice["logprobs"]["tokens"], choice["text"]))
     texts = len({reference.text for reference in found})
     print(f"{len(found)} prompts of {min(lengths)} to {max(lengths)} tokens, {texts} different outputs")
     assert texts > len(found) / 2, "outputs that are all the same would hide wrong pages"
     return found
 
 
-@pytest.mark.parametrize("layerwise_bytes", [None, 1 << 20], ids=["whole", "layers"])
+@pytest.mark.parametrize("name", ["whole", "layers"])
 def test_outputs_are_the_monolithic_ones_cold_and_cached(
-    references: list[Reference], tmp_path_factory: pytest.TempPathFactory, layerwise_bytes: int | None
+    references: list[Reference], clusters: dict[str, Cluster], name: str
 ) -> None:
-    folder = tmp_path_factory.mktemp("pair")
-    with started(config(folder, layerwise_bytes=layerwise_bytes), folder) as cluster:
-        assert differing(cluster, references) == []
-        assert differing(cluster, references[:20]) == []
-        newest = get_json(cluster.url, "/api/state")["requests"][0]
-        handoff = get_json(cluster.url, f"/api/explain/{newest['id']}")["handoff"]
-        assert handoff["transport"] == "nvlink", handoff
-        assert handoff["failed"] == 0
-        assert (ahead_pages(cluster) > 0) == (layerwise_bytes is not None), "long prompts' pages leave layer by layer"
+    cluster = clusters[name]
+    assert differing(cluster, references) == []
+    assert differing(cluster, references[:20]) == []
+    newest = get_json(cluster.url, "/api/state")["requests"][0]
+    handoff = get_json(cluster.url, f"/api/explain/{newest['id']}")["handoff"]
+    assert handoff["transport"] == "nvlink", handoff
+    assert handoff["failed"] == 0
+    ahead = ahead_pages(cluster)
+    print(f"{name}: {len(references)} prompts the same, {ahead} pages left ahead")
+    assert (ahead > 0) == (WAYS[name] is not None), "long prompts' pages leave layer by layer"
+
+
+@pytest.mark.parametrize("name", ["whole", "layers"])
+def test_outputs_are_the_monolithic_ones_where_prompts_are_handed_over_at_once(
+    references: list[Reference], clusters: dict[str, Cluster], name: str
+) -> None:
+    """Passes follow each other without a gap, and prompts share them: other shapes of arithmetic, in which a bfloat16
+    sum may be another. So each output is compared up to the first token of which one SGLang is not sure."""
+    cluster, worker = clusters[name], clusters["alone"].plan.workers[0]
+    prompts = [prompt_of(length, seed=length) for length in range(700, 2700, 83)]
+    alone = [generate(f"http://{worker.host}:{worker.port}", worker.served_model, prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        found = list(threads.map(lambda prompt: generate(cluster.url, MODEL_NAME, prompt), prompts))
+    compared = 0
+    for one, other in zip(alone, found, strict=True):
+        sure = sure_tokens(one)
+        compared += sure
+        assert other["logprobs"]["tokens"][:sure] == one["logprobs"]["tokens"][:sure]
+    print(f"{name}: {len(prompts)} prompts at once, {compared} tokens compared")
+    assert compared > 3 * len(prompts), "the first one comes from prefill: only later ones say what landed"
+
+
+def sure_tokens(choice: dict[str, Any]) -> int:
+    """How many tokens come before the first one whose second best is near."""
+    best = [sorted(position.values(), reverse=True) for position in choice["logprobs"]["top_logprobs"]]
+    unsure = (number for number, values in enumerate(best) if len(values) < 2 or values[0] - values[1] < SURE)
+    return next(unsure, len(best))
 
 
 def differing(cluster: Cluster, references: list[Reference]) -> list[int]:
