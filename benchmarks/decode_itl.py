@@ -22,7 +22,7 @@ import yaml
 
 from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main, running
-from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
+from benchmarks.gpu_cluster import LAYERWISE_BYTES, MODEL, gpu_config, gpu_count
 from benchmarks.reference import VOCABULARY
 from benchmarks.streams import Client, Stream, percentile, session
 
@@ -52,20 +52,22 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=4.0, help="hand-offs a second (default 4)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each phase (default 8)")
     parser.add_argument("--rounds", type=int, default=3, help="of both phases (default 3)")
-    parser.add_argument("--layerwise-bytes", type=int, default=64 << 20, help="from how much (default 64 MiB)")
+    parser.add_argument("--keep", type=Path, help="a folder in which logs stay")
     options = parser.parse_args()
     if not gpu_count():
         report.progress("decode_itl: wanted a GPU, found none")
         return 2
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         file = gpu_config(
-            Path(folder) / "cluster.yaml",
+            folder / "cluster.yaml",
             options.model.resolve(),
             pool_tokens=POOL_TOKENS,
             flags={"context-length": 16384, "cuda-graph-max-bs": RUNNING + 8, **options.flags},
-            layerwise_bytes=options.layerwise_bytes,
+            layerwise_bytes=LAYERWISE_BYTES,
         )
-        with running(file, state_dir=Path(folder)) as cluster:
+        with running(file, state_dir=folder) as cluster:
             rows = asyncio.run(measure(cluster.url, options))
     link = "two GPUs" if gpu_count() > 1 else "one GPU for both workers: no link is crossed"
     result = {"gpus": machine.gpus(), "between": link, "running": RUNNING, "rate": options.rate, "results": rows}

@@ -30,7 +30,7 @@ import yaml
 
 from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main
-from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
+from benchmarks.gpu_cluster import LAYERWISE_BYTES, MODEL, gpu_config, gpu_count
 from benchmarks.gpu_systems import NIXL, System, all_running
 from benchmarks.legs import Pair
 from benchmarks.reference import VOCABULARY
@@ -41,7 +41,6 @@ ITL_S = 0.030
 MET = 0.9
 GROUPS = 8
 PREFIX_TOKENS, QUESTION_TOKENS = 6000, 1200
-LAYERWISE_BYTES = 64 << 20
 COLUMNS = {
     "system": "system",
     "sent/s": "rate",

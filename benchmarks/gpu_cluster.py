@@ -14,6 +14,8 @@ import yaml
 from transfer.cuda import CudaFailed, Device
 
 MODEL = "measured"
+LAYERWISE_BYTES = 256 << 20
+"""From which on a pass's pages leave layer by layer, where they do: 2,048 tokens at 8B dimensions."""
 NVLINK = Path(__file__).parents[1] / "configs" / "1p1d-nvlink.yaml"
 
 

@@ -40,7 +40,7 @@ from transfer.layout import PoolLayout
 from transfer.memory import Memory
 from transfer.pool import Pool, SharedArena
 from transfer.receiver import Receiver
-from transfer.sender import Sender
+from transfer.sender import Going, Sender
 from transfer.session import ReceiverState, SenderState
 from transfer.transports import make
 from transfer.wire import parse_bound_host
@@ -159,7 +159,8 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         layers = None if decodes else _layers(spec, pool, server_args, is_mla=bool(is_mla_backend))
         self.passes = None if layers is None else _passes(pool, len(layers))
         """Of a prefill worker whose pages may leave layer by layer."""
-        self.ahead_bytes = spec.layerwise_bytes or 0
+        self.ahead_pages = -(-(spec.layerwise_bytes or 0) // self.bytes_per_page)
+        """Where a pass has so many: fewer are over the link in no time, and to ask a GPU which they are takes some."""
         transports = make(
             spec.transports,
             pool,
@@ -193,6 +194,11 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
                 on_change=self.bell.ring,
             )
             self.sender.listen(spec.host, spec.handoff_port)
+
+    def ahead(self, going: Sequence[Going], computed: Computed) -> None:
+        """These pages may leave as soon as their layers are computed."""
+        assert self.sender is not None, "only a prefill worker has passes"
+        self.sender.ahead(going, computed)
 
     @property
     def rooms(self) -> int:
@@ -231,6 +237,8 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
         self._room = bootstrap_room
         self.slots_changed = False
         """Whether the cache has given this request pages of its own since it was last sent (engine.sglang_overlap)."""
+        self.leaves_ahead = False
+        """Whether all that it has goes ahead in the pass that is about to begin (engine.sglang_layers)."""
         self._pages = 0
         self._sent_pages = 0
         self._aux_index = 0
@@ -266,20 +274,16 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
         event = self.__dict__.pop("_early_send_wait_event", None)
         self._sender.send(self._room, kv_indices, aux, None if event is None else _EventMark(event))
 
-    def goes_ahead(self, pages: int) -> bool:
-        """Whether it is worth while to say which pages are about to be computed, so many of them: to ask a GPU for
-        their numbers costs the scheduler time, and few are over the link in no time."""
-        return (
-            not self._refused
-            and pages * self._manager.bytes_per_page >= self._manager.ahead_bytes
-            and self._sender.goes_ahead(self._room)
-        )
+    def goes_ahead(self) -> bool:
+        """Whether pages may leave before they are sent, now or once decode has granted some."""
+        return not self._refused and self._sender.goes_ahead(self._room)
 
-    def ahead(self, kv_indices: npt.NDArray[np.int32], computed: Computed) -> None:
-        """These pages, the prompt's first ones, may leave as soon as their layers are computed."""
+    def going(self, kv_indices: npt.NDArray[np.int32], fresh: int) -> Going:
+        """What may leave of the prompt's first pages, of which a pass computes the last ones, so many."""
         # What decode holds already is not wanted.
         held = self._sender.prefix_tokens(self._room) // self._manager.kv_args.page_size
-        self._sender.ahead(self._room, 0, kv_indices[held:], computed)
+        pages = kv_indices[held:]
+        return Going(self._room, pages, min(fresh, len(pages)))
 
     def poll(self) -> int:
         return FAILED if self._refused else _SENDER_POLL[self._sender.state(self._room)._value_]

@@ -13,7 +13,7 @@ from typing import Any
 import zmq
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-SWITCH_S = 1e-4
+SWITCH_S = 2e-5
 """After so long a thread that wants the interpreter gets it. Python's own 5 ms, some dozen times in a hand-off, would
 be most of what disaggregation adds to a first token."""
 LOOK_MS = 5

@@ -1,7 +1,7 @@
 """Prefill's forward passes say when each layer is computed, so that pages leave layer by layer (`Sender.ahead`).
 
-    Scheduler.run_batch                         a pass begins; at its end its stream has all of it
-    Scheduler.maybe_send_cached_prefix_chunk    just before it, once a request: which pages it has when the pass is over
+    Scheduler.run_batch                         a pass begins: which pages its requests have when it is over; at its end
+                                                its stream has all of it
     AttentionBackend.forward, layer n           the layers before n are in the pool, as far as the stream is concerned
     Scheduler.process_batch_result              the pass before this one is sent, and now this one's pages may leave
 
@@ -33,6 +33,8 @@ class _Going:
 
     sender: Any
     slots: SlotsRead
+    fresh: int
+    """How many of its pages the pass computes, the last ones."""
 
 
 class LayerHooks:
@@ -41,7 +43,8 @@ class LayerHooks:
     def __init__(self, reader: SlotReader) -> None:
         self._reader = reader
         self._passes: ForwardPasses | None = None
-        """Of the process, while one of them runs."""
+        """Of the process, while one of them runs and pages are to leave."""
+        self._manager: Any = None
         self._going: list[_Going] = []
         """Of the pass that runs, or was put into its stream last."""
         self._computed: Computed | None = None
@@ -51,58 +54,72 @@ class LayerHooks:
         scheduler = "sglang.srt.managers.scheduler.Scheduler."
         attention = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend."
         HookRegistry.register(scheduler + "run_batch", self.run_batch, HookType.AROUND)
-        HookRegistry.register(scheduler + "maybe_send_cached_prefix_chunk", self.about_to_run, HookType.AFTER)
         HookRegistry.register(scheduler + "process_batch_result", self.result_processed, HookType.AFTER)
         HookRegistry.register(attention + "forward", self.attention, HookType.BEFORE)
 
     def run_batch(self, original: Any, scheduler: Any, batch: Any, *arguments: Any, **named: Any) -> Any:
-        passes = _passes_of(scheduler)
-        if passes is None or not batch.forward_mode.is_extend():
+        manager = _manager_of(scheduler)
+        if manager is None or not batch.forward_mode.is_extend():
             return original(scheduler, batch, *arguments, **named)
-        stream = scheduler.forward_stream if scheduler.enable_overlap else torch.cuda.current_stream()
-        self._leave()  # Its result was never looked at.
-        passes.begin(stream.cuda_stream)
-        self._passes, self._going = passes, []
+        self._leave()  # The result of the pass before was never looked at.
+        self._manager, self._going = manager, self._about_to_run(scheduler, batch, manager)
+        if not self._going:
+            return original(scheduler, batch, *arguments, **named)
+        passes = self._passes = manager.passes
+        passes.begin(_stream_of(scheduler).cuda_stream)
         try:
             result = original(scheduler, batch, *arguments, **named)
         finally:
             self._passes = None
-        if self._going:
-            self._computed = passes.end()
+        self._computed = passes.end()
         if not (scheduler.enable_overlap and scheduler.last_batch):
             self._leave()
         return result
-
-    def about_to_run(self, _nothing: None, scheduler: Any, request: Any) -> None:
-        """Notes the pages that are full when this pass is over, and a prompt's last one; those that a cache had too.
-
-        Also of a request that decode has not granted pages yet: it may have when the pass is in its stream.
-        """
-        if self._passes is None:
-            return
-        page_tokens = scheduler.token_to_kv_pool_allocator.page_size
-        end = request.extend_range.end
-        if end < len(request.origin_input_ids):
-            end -= end % page_tokens
-        sender = request.disagg_kv_sender
-        # A request of SGLang's own, to warm up or to ask for health, has a sender of SGLang's own.
-        goes_ahead = getattr(sender, "goes_ahead", None)
-        if goes_ahead is not None and goes_ahead(-(-end // page_tokens)):
-            slots = scheduler.req_to_token_pool.req_to_token[request.req_pool_idx, :end]
-            self._going.append(_Going(sender, self._reader.read(slots, page_tokens)))
 
     def result_processed(self, _nothing: None, _scheduler: Any, *_batch: Any, **_named: Any) -> None:
         self._leave()
 
     def attention(self, *arguments: Any, **named: Any) -> None:
-        if self._passes is not None and self._going:
+        if self._passes is not None:
             self._passes.reaches((named["layer"] if "layer" in named else arguments[4]).layer_id)
+
+    def _about_to_run(self, scheduler: Any, batch: Any, manager: Any) -> list[_Going]:
+        """The requests of the pass whose pages are to go ahead, where they are enough: pages that are full when it is
+        over, and a prompt's last one; those that a cache had too.
+
+        Also a request that decode has not granted pages yet: it may have when the pass is in its stream.
+        """
+        page_tokens = scheduler.token_to_kv_pool_allocator.page_size
+        able = []
+        for request in batch.reqs:
+            # A request of SGLang's own, to warm up or to ask for health, has a sender of SGLang's own.
+            sender = request.disagg_kv_sender
+            if not hasattr(sender, "leaves_ahead"):
+                continue
+            end = request.extend_range.end
+            if end < len(request.origin_input_ids):
+                end -= end % page_tokens
+            sender.leaves_ahead = sender.goes_ahead()
+            if sender.leaves_ahead:
+                able.append((request, end))
+        if sum(-(-end // page_tokens) for _, end in able) < manager.ahead_pages:
+            for request, _ in able:
+                request.disagg_kv_sender.leaves_ahead = False
+            return []
+        table = scheduler.req_to_token_pool.req_to_token
+        return [
+            _Going(
+                request.disagg_kv_sender,
+                self._reader.read(table[request.req_pool_idx, :end], page_tokens),
+                max(0, -(-end // page_tokens) - request.extend_range.start // page_tokens),
+            )
+            for request, end in able
+        ]
 
     def _leave(self) -> None:
         computed, self._computed = self._computed, None
         if computed is not None:
-            for one in self._going:
-                one.sender.ahead(one.slots.pages(), computed)
+            self._manager.ahead([one.sender.going(one.slots.pages(), one.fresh) for one in self._going], computed)
 
 
 def layers_of(buffers: int, *, is_mla: bool) -> tuple[tuple[int, ...], ...]:
@@ -119,6 +136,12 @@ def why_whole(server_args: Any) -> str:
     return ""
 
 
-def _passes_of(scheduler: Any) -> ForwardPasses | None:
+def _manager_of(scheduler: Any) -> Any:
+    """The KV manager, where it has passes to record."""
     queue = scheduler.disagg_prefill_bootstrap_queue
-    return None if queue is None else getattr(queue.kv_manager, "passes", None)
+    manager = None if queue is None else queue.kv_manager
+    return manager if getattr(manager, "passes", None) is not None else None
+
+
+def _stream_of(scheduler: Any) -> Any:
+    return scheduler.forward_stream if scheduler.enable_overlap else torch.cuda.current_stream()

@@ -53,10 +53,7 @@ class OverlapHooks:
 
     def send_early(self, original: Any, scheduler: Any, request: Any) -> None:
         """What the cache had goes ahead with the rest where pages do: to ask which they are would be to wait."""
-        goes_ahead = getattr(request.disagg_kv_sender, "goes_ahead", None)
-        cached_tokens = len(request.prefix_indices)
-        pages = cached_tokens // scheduler.token_to_kv_pool_allocator.page_size
-        if scheduler.enable_overlap and pages and goes_ahead is not None and goes_ahead(pages):
+        if scheduler.enable_overlap and getattr(request.disagg_kv_sender, "leaves_ahead", False):
             return
         self._early = True
         try:

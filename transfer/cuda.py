@@ -18,9 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-BATCHED_FROM = 64
-"""More copies than these go to the driver in one call."""
-
 
 class CudaFailed(Exception):
     """A call of CUDA's, by name, and why it failed."""
@@ -51,8 +48,13 @@ class Device:
     def of(cls, pointer: int) -> Device:
         """The one on which this address lies. Raises CudaFailed for memory that is no device's."""
         cu = _driver()
-        attribute = cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-        return cls(int(_check(cu, "cuPointerGetAttribute", cu.cuPointerGetAttribute(attribute, pointer))))
+        attribute = int(cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL)
+        # Not by NVIDIA's bindings: they say 0 of every GPU's memory (13.0).
+        ordinal = ctypes.c_int(-1)
+        error = _driver_held().cuPointerGetAttribute(ctypes.byref(ordinal), attribute, pointer)
+        if error:
+            _check(cu, "cuPointerGetAttribute", (cu.CUresult(error),))
+        return cls(ordinal.value)
 
     def use(self) -> None:
         """Makes this device the calling thread's."""
@@ -100,17 +102,43 @@ class Device:
         self._call("cuMemcpyDtoH", into.ctypes.data, pointer, into.nbytes)
 
     def copy(self, stream: Any, copies: Sequence[tuple[int, int, int]]) -> None:
-        """From, to, bytes: by the copy engines. For benchmarks; it takes microseconds for each."""
+        """From, to, bytes: by the copy engines, one call each. For benchmarks; it takes microseconds for each."""
+        for source, destination, size_bytes in copies:
+            self._call("cuMemcpyAsync", destination, source, size_bytes, stream)
+
+    def copy_many(
+        self,
+        stream: Any,
+        sources: npt.NDArray[np.uint64],
+        destinations: npt.NDArray[np.uint64],
+        sizes_bytes: npt.NDArray[np.uint64],
+    ) -> None:
+        """Addresses and sizes, of one shape: by the copy engines, which leave the multiprocessors to what is computed.
+
+        All go to the driver in one call, without the interpreter: it takes about a microsecond for each. Raises
+        CudaFailed where the driver has no such call: see `copies_many`.
+        """
+        batch = _copy_batch()
+        if batch is None:
+            raise CudaFailed("cuMemcpyBatchAsync: wanted a driver of CUDA 13, found an older one")
+        addresses = [np.ascontiguousarray(many).ravel() for many in (destinations, sources, sizes_bytes)]
+        count, first = addresses[0].size, ctypes.c_size_t(0)
+        pointers = [many.ctypes.data for many in addresses]
+        error = batch(*pointers, count, self._beside.getPtr(), ctypes.byref(first), 1, int(stream))
+        self._check_held("cuMemcpyBatchAsync", error)
+
+    @property
+    def copies_many(self) -> bool:
+        return _copy_batch() is not None
+
+    @functools.cached_property
+    def _beside(self) -> Any:
+        """What a batch of copies is told: in the stream's order, and beside what is computed."""
         cu = self._cu
-        if len(copies) <= BATCHED_FROM:
-            for source, destination, size_bytes in copies:
-                self._call("cuMemcpyAsync", destination, source, size_bytes, stream)
-            return
         attributes = cu.CUmemcpyAttributes()
         attributes.srcAccessOrder = cu.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-        sources, destinations, sizes = (list(one) for one in zip(*copies, strict=True))
-        pointers = [[cu.CUdeviceptr(one) for one in many] for many in (destinations, sources)]
-        self._call("cuMemcpyBatchAsync", *pointers, sizes, len(copies), [attributes], [0], 1, stream)
+        attributes.flags = int(cu.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE)
+        return attributes
 
     def map_host(self, pointer: int, size_bytes: int) -> int:
         """Lets kernels write to this memory of the process. Returns its address for them."""
@@ -220,11 +248,25 @@ def _driver_held() -> ctypes.PyDLL:
     """The same, called without letting go of the interpreter. Only for calls that do not wait."""
     library = ctypes.PyDLL("libcuda.so.1")
     pointer, number = ctypes.c_void_p, ctypes.c_uint
+    library.cuPointerGetAttribute.argtypes = [pointer, ctypes.c_int, ctypes.c_uint64]
     library.cuStreamQuery.argtypes = [pointer]
     library.cuEventRecord.argtypes = [pointer, pointer]
     library.cuStreamWaitEvent.argtypes = [pointer, pointer, number]
     library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, *[pointer] * 3]
     return library
+
+
+@functools.cache
+def _copy_batch() -> Any:
+    """cuMemcpyBatchAsync as CUDA 13 has it, called without the interpreter: it takes long for many. None where the
+    driver is older."""
+    cu = _driver()
+    address, _status = _check(cu, "cuGetProcAddress", cu.cuGetProcAddress(b"cuMemcpyBatchAsync", 13000, 0))
+    if not address:
+        return None
+    pointer, count = ctypes.c_void_p, ctypes.c_size_t
+    many = (pointer, pointer, pointer, count, pointer, pointer, count, pointer)
+    return ctypes.CFUNCTYPE(ctypes.c_int, *many)(int(address))
 
 
 @functools.cache

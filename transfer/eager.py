@@ -17,6 +17,8 @@ class EagerTransport:
         self.confirmed_pages = 0
         self.written_pages = 0
         """Not ahead."""
+        self.ahead_writes: list[int] = []
+        """Pages of each."""
 
     @property
     def name(self) -> str:
@@ -44,7 +46,8 @@ class _EagerRoute:
         self._transport.written_pages += len(source)
         await self._inner.write(tag, first, source, destination)
 
-    async def write_ahead(self, source: Pages, destination: Pages, computed: Computed) -> None:
+    async def write_ahead(self, source: Pages, destination: Pages, fresh: int, computed: Computed) -> None:
+        self._transport.ahead_writes.append(len(source))
         await self._inner.write(0, 0, source, destination)
 
     async def confirm(self, tag: int, pages: int) -> None:

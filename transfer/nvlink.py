@@ -1,7 +1,7 @@
 """Pages between two GPUs of one host: prefill's GPU writes into decode's pool, which it has mapped. One kernel a write.
 
     write         prefill   one launch for all buffers; page indices travel with it as arguments, nothing waits for it
-    write_ahead   prefill   a launch for each layer, or a few, which its stream holds until they have been computed
+    write_ahead   prefill   the copy engines, for each layer or a few, held by its stream until they have been computed
     confirm       prefill   a launch that copies nothing: it says that those are there
     landed        decode    reads the records that the kernel leaves in host memory once its pages are in place
     settled       prefill   its stream is empty, so that it can say that it stopped
@@ -36,7 +36,7 @@ from transfer.cuda import CudaFailed, Device
 from transfer.landed_ring import SIZE_BYTES, NoRing, RingAddress, RingReader, RingWriter
 from transfer.layout import PoolLayout
 from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
-from transfer.plan import Pages, check_lengths, check_range
+from transfer.plan import Pages, check_lengths, check_range, run_ends
 from transfer.pool import Pool
 from transfer.transport import Ahead, Lanes, RouteLost, Unreachable, Wire
 from transfer.undecodable import UNDECODABLE
@@ -50,15 +50,22 @@ WARPS = THREADS // 32
 PIECE_BYTES = 4096
 """What a warp copies at a time (copy_pages.cu)."""
 VECTOR_BYTES = 16
-BLOCKS = 32
-"""Multiprocessors that a write may take from the prefill that goes on meanwhile."""
+BLOCKS = 64
+"""Multiprocessors that a write takes which somebody waits for."""
+AHEAD_BLOCKS = 16
+"""One that nobody waits for, from the pass that is computed meanwhile."""
 LAUNCH_BYTES = 8 << 20
 """What one launch of a write ahead should copy at least: it takes the courier about as long as the link."""
+ENGINE_BYTES = 64 << 10
+"""Of a page of one buffer, from which on the GPU's copy engines write ahead instead of its multiprocessors. They take
+about two microseconds for each, and nothing from what is computed; large matrix products wait for a multiprocessor that
+is taken."""
 WATCH_S = 1e-3
 """Between two looks at whether all that was begun is done."""
-SPIN_S = 0.5e-3
-"""Looked for without a pause; then every millisecond, as asyncio knows no shorter sleep. Each look takes the
-interpreter from a scheduler in the same process."""
+SPIN_S = 0.2e-3
+"""Looked for without a pause. Each look takes the interpreter from a scheduler in the same process."""
+DOZE_S, DOZES_S = 5e-5, 20e-3
+"""Then slept for so long between two looks, up to so long: asyncio knows no sleep below a millisecond."""
 _PROCESS = secrets.token_bytes(16)
 """Of those that were forked from one process it is the same, but not the process's number."""
 
@@ -90,7 +97,7 @@ Layers = tuple[tuple[int, ...], ...]
 
 
 class NvlinkTransport:
-    """blocks  multiprocessors that a write takes at most
+    """blocks  multiprocessors that a write takes at most which somebody waits for
     layers  given where pages shall leave while later layers are computed
 
     The pool lies on one GPU. Raises Unreachable where it lies elsewhere, or its memory cannot be shared.
@@ -274,18 +281,32 @@ class NvlinkRoute:
             end = start + MOST_PAGES[-1]
             await self._tell(tag, source[start:end], destination[start:end], len(source[start:end]))
 
-    async def write_ahead(self, source: Pages, destination: Pages, computed: Computed) -> None:
+    async def write_ahead(self, source: Pages, destination: Pages, fresh: int, computed: Computed) -> None:
         self._check_pages(source, destination)
         self._check()
         self._hold()
+        early = len(source) - fresh
         try:
-            for layers, buffers in self._job.table.groups(len(source), LAUNCH_BYTES):
+            if early:
+                self._device.wait(self._job.stream, computed.events[0])
+                self._copy(source[:early], destination[:early], self._job.all, AHEAD_BLOCKS)
+            groups = self._job.table.groups(fresh, LAUNCH_BYTES) if fresh else []
+            for layers, buffers in groups:
                 self._device.wait(self._job.stream, computed.events[layers - 1])
-                for start in range(0, len(source), MOST_PAGES[-1]):
-                    end = start + MOST_PAGES[-1]
-                    self._job.copy(source[start:end], destination[start:end], buffers)
+                # What comes last is waited for, and nothing is computed any more.
+                if layers == len(computed.events) or not self._job.by_engines(
+                    source[early:], destination[early:], buffers
+                ):
+                    self._copy(source[early:], destination[early:], buffers, self._job.blocks)
         except CudaFailed as error:
             raise self._failed(error) from error
+        finally:
+            self._watch_soon()
+
+    def _copy(self, source: Pages, destination: Pages, buffers: range, blocks: int) -> None:
+        for start in range(0, len(source), MOST_PAGES[-1]):
+            end = start + MOST_PAGES[-1]
+            self._job.copy(source[start:end], destination[start:end], buffers, blocks)
 
     async def confirm(self, tag: int, pages: int) -> None:
         nothing = np.empty(0, np.int32)
@@ -303,6 +324,8 @@ class NvlinkRoute:
             self._job.copy_and_tell(tag, source, destination, pages)
         except CudaFailed as error:
             raise self._failed(error) from error
+        finally:
+            self._watch_soon()
 
     async def settled(self) -> None:
         if self._watching is not None:
@@ -358,7 +381,11 @@ class NvlinkRoute:
         except Withdrawn as error:
             self._lost = f"nvlink: {error}"
             raise RouteLost(self._lost) from error
-        self._watching = asyncio.create_task(self._watch())
+
+    def _watch_soon(self) -> None:
+        """Behind a launch, also one that failed: the lease is held as long as anything may be under way."""
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
         """Without haste: only an abort waits for it, and each look takes the interpreter from the scheduler."""
@@ -416,7 +443,8 @@ class _Copy:
         self.table = table
         self._device = device
         self._kernels = kernels
-        self._blocks = blocks
+        self.blocks = blocks
+        """That a write takes at most which somebody waits for."""
         self.stream = device.stream()
         undo.callback(device.destroy_stream, self.stream)
         self._ring_pointer = device.map_host(ring.pointer, SIZE_BYTES)
@@ -426,7 +454,7 @@ class _Copy:
         device.upload(self._memory + VECTOR_BYTES, table.rows)
         # Both went through the default stream, for which this one does not wait.
         device.synchronize(0)
-        self._all = range(len(table.rows))
+        self.all = range(len(table.rows))
         self._pieces = -(-int(table.rows[:, 2].max()) // PIECE_BYTES)
         self._start = np.zeros(1, np.uint64)
         self._buffers, pieces = np.zeros(1, np.uint32), np.array([self._pieces], np.uint32)
@@ -452,14 +480,30 @@ class _Copy:
         sequence, offset = self.ring.next()
         self._record[0], self._tag[0] = self._ring_pointer + offset, tag
         self._told_pages[0], self._sequence[0] = pages, sequence
-        self._launch(source, destination, self._all)
+        self._launch(source, destination, self.all, self.blocks)
 
-    def copy(self, source: Pages, destination: Pages, buffers: range) -> None:
+    def copy(self, source: Pages, destination: Pages, buffers: range, blocks: int) -> None:
         """At most MOST_PAGES[-1] pages of these rows of the table, and nobody is told. Raises CudaFailed."""
         self._record[0] = 0
-        self._launch(source, destination, buffers)
+        self._launch(source, destination, buffers, blocks)
 
-    def _launch(self, source: Pages, destination: Pages, buffers: range) -> None:
+    def by_engines(self, source: Pages, destination: Pages, buffers: range) -> bool:
+        """The same by the copy engines, neighbours at once. False where they are not for it. Raises CudaFailed."""
+        rows = self.table.rows[buffers.start : buffers.stop]
+        if int(rows[:, 2].min()) < ENGINE_BYTES or not self._device.copies_many:
+            return False
+        here, there, page_bytes = rows.T[:, :, None]
+        ends = np.array(run_ends(source, destination))
+        starts = np.concatenate(([0], ends[:-1]))
+        self._device.copy_many(
+            self.stream,
+            here + source[starts].astype(np.uint64) * page_bytes,
+            there + destination[starts].astype(np.uint64) * page_bytes,
+            (ends - starts).astype(np.uint64) * page_bytes,
+        )
+        return True
+
+    def _launch(self, source: Pages, destination: Pages, buffers: range, most_blocks: int) -> None:
         count = len(source)
         size = next(number for number, most in enumerate(MOST_PAGES) if count <= most)
         pages, most = self._pages[size], MOST_PAGES[size]
@@ -469,7 +513,7 @@ class _Copy:
         self._start[0] = self._memory + VECTOR_BYTES + buffers.start * self.table.rows.strides[0]
         self._buffers[0] = len(buffers)
         warps = count * len(buffers) * self._pieces
-        blocks = max(1, min(self._blocks, -(-warps // WARPS)))
+        blocks = max(1, min(most_blocks, -(-warps // WARPS)))
         self._device.launch(self._kernels[size], blocks, THREADS, self.stream, self._arguments[size])
 
     def close(self) -> None:
@@ -487,7 +531,10 @@ def _give_up(connecting: asyncio.Future[NvlinkRoute]) -> None:
 
 async def _pause(since_s: float) -> None:
     """Between two looks at something that has been waited for since then."""
-    await asyncio.sleep(0 if time.monotonic() - since_s < SPIN_S else 1e-3)
+    waited_s = time.monotonic() - since_s
+    if SPIN_S < waited_s < DOZES_S:
+        time.sleep(DOZE_S)
+    await asyncio.sleep(0 if waited_s < DOZES_S else 1e-3)
 
 
 def _check(address: _Address, layout: PoolLayout, mine: PoolLayout) -> None:

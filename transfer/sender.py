@@ -3,7 +3,7 @@
     scheduler's thread          the courier's thread
     offer(room)            ──>
                            <──  Grant arrives: state is GRANTED
-    ahead(room, pages)     ──>  where the route can: the GPU writes each layer once it is computed; nobody is told
+    ahead(rooms, pages)    ──>  where the route can: the GPU writes each layer once it is computed; nobody is told
     send(room, pages)      ──>  queued to the peer's writer: Chunk is said, the pages are written, or confirmed
     send(room, …, aux)     ──>  … then Last is said
                            <──  Ack arrives: state is DONE
@@ -69,10 +69,34 @@ class _Write:
 
 
 @dataclass(frozen=True)
-class _WriteAhead:
+class Going:
+    """Pages of one room that may leave while a pass computes the last of them.
+
+    pages  indices into this worker's pool, the first ones of those granted
+    fresh  so many of them, the last ones, are computed by the pass; those before were by earlier ones
+    """
+
+    room: int
+    pages: Pages
+    fresh: int
+
+
+@dataclass(frozen=True)
+class _PartAhead:
+    """Of one room: its pages from the granted one of this index on."""
+
     room: int
     source: Pages
     first: int
+    fresh: int
+
+
+@dataclass(frozen=True)
+class _WriteAhead:
+    """What leaves for one peer while a pass is computed: all of it together, or the first layer of one request would
+    wait for the last layer of another."""
+
+    parts: list[_PartAhead]
     computed: Computed
 
 
@@ -179,31 +203,35 @@ class Sender:
             outgoing.released = False
             return True
 
-    def ahead(self, room: int, first: int, pages: Pages, computed: Computed) -> None:
-        """Lets these pages leave while they are computed, where the route can do that; else nothing happens.
+    def ahead(self, going: Sequence[Going], computed: Computed) -> None:
+        """Lets pages of one forward pass leave while it computes them, where a route can do that; else nothing happens.
 
         Whoever calls this sends the same pages later. One that is another by then is written again: the cache may have
-        found that it held the same tokens already.
+        found that it held the same tokens already. Those that have left already are left out.
 
-        first     index of the first of them among the granted pages
-        computed  when each of their layers is
+        computed  when each layer of the pass is
         """
         with self._lock:
-            outgoing = self._rooms.get(room)
-            if outgoing is None or outgoing.state not in (SenderState.GRANTED, SenderState.STREAMING):
-                return
-            assert outgoing.peer is not None, "a granted room has a peer"
-            start, end = max(first, outgoing.ahead_pages, outgoing.queued_pages), first + len(pages)
-            if outgoing.peer.route.ahead is None or not start < end <= len(outgoing.pages):
-                return
-            source = np.asarray(pages[start - first :], np.int32)
-            try:
-                check_range(source, self._me.layout.pages)
-            except ValueError:
-                return  # Whoever sends them fails the room, and says why.
-            outgoing.ahead[start:end] = source
-            outgoing.ahead_pages = end
-            self._courier.call(outgoing.peer.jobs.put_nowait, _WriteAhead(room, source, start, computed))
+            parts: dict[_Peer, list[_PartAhead]] = {}
+            for one in going:
+                outgoing = self._rooms.get(one.room)
+                if outgoing is None or outgoing.state not in (SenderState.GRANTED, SenderState.STREAMING):
+                    continue
+                assert outgoing.peer is not None, "a granted room has a peer"
+                start, end = max(outgoing.ahead_pages, outgoing.queued_pages), len(one.pages)
+                if outgoing.peer.route.ahead is None or not start < end <= len(outgoing.pages):
+                    continue
+                source = np.asarray(one.pages[start:], np.int32)
+                try:
+                    check_range(source, self._me.layout.pages)
+                except ValueError:
+                    continue  # Whoever sends them fails the room, and says why.
+                outgoing.ahead[start:end] = source
+                outgoing.ahead_pages = end
+                part = _PartAhead(one.room, source, start, min(one.fresh, end - start))
+                parts.setdefault(outgoing.peer, []).append(part)
+            for peer, of_peer in parts.items():
+                self._courier.call(peer.jobs.put_nowait, _WriteAhead(of_peer, computed))
 
     def goes_ahead(self, room: int) -> bool:
         """Whether `ahead` would do anything for this room, now or once it is granted."""
@@ -445,12 +473,20 @@ class Sender:
             peer.connection.cut()
 
     async def _write_ahead(self, peer: _Peer, write: _WriteAhead) -> None:
-        outgoing = self._rooms.get(write.room)
-        if outgoing is None or outgoing.state in TERMINAL:
-            return
-        assert peer.route.ahead is not None, "looked at before this was queued"
-        destination = outgoing.pages[write.first : write.first + len(write.source)]
-        await peer.route.ahead.write_ahead(write.source, destination, write.computed)
+        early: list[tuple[Pages, Pages]] = []
+        fresh: list[tuple[Pages, Pages]] = []
+        for part in write.parts:
+            outgoing = self._rooms.get(part.room)
+            if outgoing is None or outgoing.state in TERMINAL:
+                continue
+            destination = outgoing.pages[part.first : part.first + len(part.source)]
+            edge = len(part.source) - part.fresh
+            early.append((part.source[:edge], destination[:edge]))
+            fresh.append((part.source[edge:], destination[edge:]))
+        if early:
+            assert peer.route.ahead is not None, "looked at before this was queued"
+            source, destination = (np.concatenate(side) for side in zip(*early, *fresh, strict=True))
+            await peer.route.ahead.write_ahead(source, destination, sum(len(one) for one, _ in fresh), write.computed)
 
     async def _write_chunk(self, peer: _Peer, write: _Write) -> None:
         outgoing = self._rooms.get(write.room)

@@ -102,12 +102,13 @@ class Landing(Protocol):
 class Ahead(Protocol):
     """What a route can do besides, if its pool's layers are known to it: pages leave while they are still computed."""
 
-    async def write_ahead(self, source: Pages, destination: Pages, computed: Computed) -> None:
+    async def write_ahead(self, source: Pages, destination: Pages, fresh: int, computed: Computed) -> None:
         """Writes pages of this side's pool, each layer as soon as it has been computed. Returns at once.
 
         source       indices into this side's pool
         destination  indices into the peer's pool, as many
-        computed     when each of their layers is
+        fresh        so many of them, the last ones, are computed by this pass; those before it are when it begins
+        computed     when each layer of the pass is
 
         Nobody is told that they are there. Raises RouteLost.
         """

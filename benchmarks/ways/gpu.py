@@ -2,7 +2,7 @@
 
 copy-engine   cuMemcpyAsync of one run of pages a buffer: what the link does, and the baseline of all others
 copy-batch    cuMemcpyBatchAsync, an entry for each page of each buffer, wherever it lies: the copy engines, scattered
-nvlink        the transport alone: both ends look without a pause
+nvlink        the transport alone, both ends look without a pause; +N: on N multiprocessors at most
 product       the whole hand-off over it: transfer.sender, transfer.receiver, and their threads
 nixl          the product over NIXL, as it is configured for GPUs
 nixl-raw      NIXL by hand with CUDA IPC and its default error handling, both sides spinning; +peer: with the other
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import uvloop
 
 from benchmarks.ways import mooncake_raw, nixl_raw
 from benchmarks.ways.cell import AUX, Order, choose, short
@@ -34,13 +35,16 @@ from transfer.cuda import CudaFailed, Device
 from transfer.gpu_memory import GpuMemory
 from transfer.landed_ring import SIZE_BYTES, RingAddress, RingReader, RingWriter
 from transfer.layout import PoolLayout
-from transfer.nvlink import NvlinkTransport
+from transfer.nvlink import BLOCKS, NvlinkTransport
 from transfer.plan import Pages
 
 WAYS = (
     "copy-engine",
     "copy-batch",
     "nvlink",
+    "nvlink+16",
+    "nvlink+32",
+    "nvlink+132",
     "product",
     "nixl",
     "nixl-raw",
@@ -132,8 +136,8 @@ class GpuPrefillWays:
         match way:
             case "copy-engine" | "copy-batch":
                 return _CopyPrefill(self._device, memory, description, batch=way == "copy-batch")
-            case "nvlink":
-                return _RoutePrefill(memory, description)
+            case "nvlink" | "nvlink+16" | "nvlink+32" | "nvlink+132":
+                return _RoutePrefill(memory, description, int(way.partition("+")[2] or BLOCKS))
             case "product" | "nixl":
                 return ProductPrefill("nvlink" if way == "product" else "nixl", memory.pool, lanes, "VRAM")
             case "nixl-raw" | "nixl-raw+peer":
@@ -158,7 +162,7 @@ def decode_end(way: str, memory: GpuMemory, lanes: int) -> DecodeEnd:
     match way:
         case "copy-engine" | "copy-batch":
             return _CopyDecode(memory)
-        case "nvlink":
+        case "nvlink" | "nvlink+16" | "nvlink+32" | "nvlink+132":
             return _LandingDecode(memory)
         case "product" | "nixl":
             return ProductDecode("nvlink" if way == "product" else "nixl", memory.pool, None, lanes, "VRAM")
@@ -204,17 +208,14 @@ class _CopyPrefill:
 
     def send(self, room: int, source: Pages, destination: Pages) -> float:
         began_s = time.monotonic()
-        pairs = [(0, 0, len(source))]
         if self._batch:
-            pairs = [(int(here), int(there), 1) for here, there in zip(source, destination, strict=True)]
-        copies = [
-            (mine + here * size, theirs + there * size, count * size)
-            for mine, theirs, size in zip(
-                self._memory.pointers, self._there, self._memory.layout.page_bytes, strict=True
-            )
-            for here, there, count in pairs
-        ]
-        self._device.copy(self._stream, copies)
+            sizes = np.array(self._memory.layout.page_bytes, np.uint64)[:, None]
+            mine, theirs = (np.array(one, np.uint64)[:, None] for one in (self._memory.pointers, self._there))
+            here, there = (mine + source.astype(np.uint64) * sizes, theirs + destination.astype(np.uint64) * sizes)
+            self._device.copy_many(self._stream, here, there, np.broadcast_to(sizes, here.shape))
+        else:
+            pointers = zip(self._memory.pointers, self._there, self._memory.layout.page_bytes, strict=True)
+            self._device.copy(self._stream, [(here, there, len(source) * size) for here, there, size in pointers])
         sequence, offset = self._ring.next()
         self._device.write_word(self._stream, self._ring_pointer + offset + SEQUENCE_AT, sequence)
         return began_s
@@ -262,10 +263,10 @@ class _Alone:
 
 
 class _RoutePrefill:
-    def __init__(self, memory: GpuMemory, description: bytes) -> None:
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, memory: GpuMemory, description: bytes, blocks: int) -> None:
+        self._loop = uvloop.new_event_loop()
         self._route = self._loop.run_until_complete(
-            NvlinkTransport(memory.pool).connect(description, memory.layout, _Alone())
+            NvlinkTransport(memory.pool, blocks=blocks).connect(description, memory.layout, _Alone())
         )
 
     def describe(self) -> None:

@@ -20,21 +20,33 @@ PAGE, STREAM = 16, 7
 class Sender:
     def __init__(self, *, goes: bool = True) -> None:
         self.goes = goes
-        self.asked_pages: list[int] = []
-        self.went: list[tuple[list[int], Any]] = []
+        self.leaves_ahead = False
+        self.went: list[tuple[list[int], int]] = []
+        """Pages, and how many of them are fresh."""
 
-    def goes_ahead(self, pages: int) -> bool:
-        self.asked_pages.append(pages)
+    def goes_ahead(self) -> bool:
         return self.goes
 
-    def ahead(self, pages: Any, computed: Any) -> None:
-        self.went.append((pages.tolist(), computed))
+    def going(self, pages: Any, fresh: int) -> Any:
+        return self, pages.tolist(), fresh
+
+
+class Manager:
+    def __init__(self, passes: Any, ahead_pages: int) -> None:
+        self.passes = passes
+        self.ahead_pages = ahead_pages
+        self.computed: list[Any] = []
+
+    def ahead(self, going: list[Any], computed: Any) -> None:
+        for sender, pages, fresh in going:
+            sender.went.append((pages, fresh))
+        self.computed.append(computed)
 
 
 class Run:
     """A scheduler that runs one batch with the hooks around it."""
 
-    def __init__(self, layers: int = 3, *, counts: bool = True) -> None:
+    def __init__(self, layers: int = 3, *, counts: bool = True, ahead_pages: int = 0) -> None:
         from engine.forward_passes import ForwardPasses
         from engine.sglang_layers import LayerHooks
         from engine.sglang_slots import SlotReader
@@ -45,9 +57,9 @@ class Run:
         passes = ForwardPasses(
             [list(range(layers))], lambda event, _stream: self.recorded.append(event), lambda: STREAM
         )
-        manager = SimpleNamespace(passes=passes if counts else None)
+        self.manager = Manager(passes if counts else None, ahead_pages)
         self.scheduler = SimpleNamespace(
-            disagg_prefill_bootstrap_queue=SimpleNamespace(kv_manager=manager),
+            disagg_prefill_bootstrap_queue=SimpleNamespace(kv_manager=self.manager),
             enable_overlap=True,
             last_batch=None,
             forward_stream=SimpleNamespace(cuda_stream=STREAM),
@@ -68,29 +80,27 @@ class Run:
         return SimpleNamespace(**(fields | changes))
 
     def batch(self, *requests: SimpleNamespace, extend: bool = True, fails: bool = False) -> Any:
-        before = [len(request.disagg_kv_sender.went) for request in requests]
+        before = len(self.manager.computed)
 
         def original(scheduler: Any, _batch: Any) -> str:
-            for request in requests:
-                self.hooks.about_to_run(None, scheduler, request)
             for layer in range(self.layers):
                 self.hooks.attention("backend", "q", "k", "v", SimpleNamespace(layer_id=layer), "batch")
-            went = [len(request.disagg_kv_sender.went) for request in requests]
-            assert went == before, "not before all is in the stream"
+            assert len(self.manager.computed) == before, "not before all is in the stream"
             if fails:
                 raise RuntimeError("out of memory")
             return "result"
 
         mode = SimpleNamespace(is_extend=lambda: extend)
-        return self.hooks.run_batch(original, self.scheduler, SimpleNamespace(forward_mode=mode))
+        batch = SimpleNamespace(forward_mode=mode, reqs=list(requests))
+        return self.hooks.run_batch(original, self.scheduler, batch)
 
 
 def test_a_whole_prompt_goes_ahead_with_its_last_page_and_each_layer_has_an_event() -> None:
     run, sender = Run(), Sender()
     assert run.batch(run.request(0, 0, 100, 100, sender)) == "result"
-    [(pages, computed)] = sender.went
-    assert (pages, computed.events) == (list(range(10, 17)), (0, 1, 2))
-    assert sender.asked_pages == [7]
+    assert sender.went == [(list(range(10, 17)), 7)]
+    [computed] = run.manager.computed
+    assert computed.events == (0, 1, 2)
 
 
 def test_of_a_chunk_the_page_that_it_does_not_fill_stays_and_the_next_one_brings_it() -> None:
@@ -98,20 +108,28 @@ def test_of_a_chunk_the_page_that_it_does_not_fill_stays_and_the_next_one_brings
     run, sender = Run(), Sender()
     run.batch(run.request(1, 0, 40, 100, sender))
     run.batch(run.request(1, 40, 100, 100, sender))
-    assert [pages for pages, _ in sender.went] == [[50, 51], [50, 51, 52, 53, 54, 55, 56]]
+    assert sender.went == [([50, 51], 2), ([50, 51, 52, 53, 54, 55, 56], 5)]
 
 
 def test_what_a_cache_had_goes_ahead_too() -> None:
     run, sender = Run(), Sender()
     run.batch(run.request(1, 48, 100, 100, sender))
-    assert [pages for pages, _ in sender.went] == [[50, 51, 52, 53, 54, 55, 56]]
+    assert sender.went == [([50, 51, 52, 53, 54, 55, 56], 4)]
 
 
-def test_two_requests_of_a_batch_share_its_events() -> None:
+def test_two_requests_of_a_batch_leave_together() -> None:
     run, one, two = Run(), Sender(), Sender()
     run.batch(run.request(0, 0, 64, 64, one), run.request(1, 16, 64, 64, two))
-    assert one.went[0][1] is two.went[0][1]
-    assert two.went[0][0] == [50, 51, 52, 53]
+    assert len(run.manager.computed) == 1
+    assert (one.went, two.went) == ([([10, 11, 12, 13], 4)], [([50, 51, 52, 53], 3)])
+
+
+def test_pages_go_ahead_where_a_pass_has_enough_of_them() -> None:
+    run, one, two = Run(ahead_pages=7), Sender(), Sender()
+    run.batch(run.request(0, 0, 64, 64, one))
+    assert (one.went, one.leaves_ahead, run.recorded) == ([], False, [])
+    run.batch(run.request(0, 0, 64, 64, one), run.request(1, 0, 48, 48, two))
+    assert (len(one.went), len(two.went), one.leaves_ahead) == (1, 1, True)
 
 
 def test_a_pass_that_begins_before_the_last_one_was_sent_waits_for_that() -> None:
@@ -122,14 +140,14 @@ def test_a_pass_that_begins_before_the_last_one_was_sent_waits_for_that() -> Non
     run.batch(run.request(1, 0, 64, 64, second))
     assert (len(first.went), len(second.went)) == (1, 0)
     run.hooks.result_processed(None, run.scheduler, "the first one", "result")
-    assert [pages for pages, _ in second.went] == [[50, 51, 52, 53]]
+    assert second.went == [([50, 51, 52, 53], 4)]
     run.hooks.result_processed(None, run.scheduler, "the second one", "result")
     assert len(second.went) == 1
 
 
-@pytest.mark.parametrize("how", ["small", "no GPU", "decode"])
+@pytest.mark.parametrize("how", ["no route for it", "no GPU", "decode"])
 def test_nothing_is_recorded_where_nothing_goes_ahead(how: str) -> None:
-    run, sender = Run(counts=how != "no GPU"), Sender(goes=how != "small")
+    run, sender = Run(counts=how != "no GPU"), Sender(goes=how != "no route for it")
     assert run.batch(run.request(0, 0, 64, 64, sender), extend=how != "decode")
     assert (sender.went, run.recorded) == ([], [])
 
@@ -139,15 +157,13 @@ def test_a_pass_that_fails_sends_nothing_and_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         run.batch(run.request(0, 0, 64, 64, sender), fails=True)
     run.batch(run.request(1, 0, 16, 16, later))
-    assert sender.went == []
-    assert [pages for pages, _ in later.went] == [[50]]
+    assert (sender.went, later.went) == ([], [([50], 1)])
 
 
 def test_requests_with_a_sender_of_sglangs_own_are_left_alone() -> None:
     run, sender = Run(), Sender()
-    fake = SimpleNamespace(went=[])
-    assert run.batch(run.request(0, 0, 64, 64, fake), run.request(1, 0, 64, 64, sender)) == "result"
-    assert [pages for pages, _ in sender.went] == [[50, 51, 52, 53]]
+    assert run.batch(run.request(0, 0, 64, 64, SimpleNamespace()), run.request(1, 0, 64, 64, sender)) == "result"
+    assert sender.went == [([50, 51, 52, 53], 4)]
 
 
 def test_which_buffers_are_whose() -> None:

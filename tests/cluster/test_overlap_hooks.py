@@ -45,10 +45,9 @@ class Run:
         self.scheduler = SimpleNamespace(
             enable_overlap=overlap,
             tree_cache=self.cache,
-            token_to_kv_pool_allocator=SimpleNamespace(page_size=PAGE),
         )
-        sender = SimpleNamespace(slots_changed=False, goes_ahead=lambda _pages: goes)
-        self.request = SimpleNamespace(disagg_kv_sender=sender, prefix_indices=[], cache_protected_len=0)
+        sender = SimpleNamespace(slots_changed=False, leaves_ahead=goes)
+        self.request = SimpleNamespace(disagg_kv_sender=sender, cache_protected_len=0)
 
     def sent_aside(self) -> bool:
         found = []
@@ -107,15 +106,9 @@ def test_a_sender_of_sglangs_own_is_left_alone() -> None:
     assert not run.sent_aside()
 
 
-@pytest.mark.parametrize(
-    ("overlap", "goes", "cached", "sent"),
-    [(True, True, 8, False), (False, True, 8, True), (True, False, 8, True), (True, True, 0, True)],
-)
-def test_what_the_cache_had_is_sent_early_where_it_does_not_go_ahead(
-    overlap: bool, goes: bool, cached: int, sent: bool
-) -> None:
+@pytest.mark.parametrize(("overlap", "goes", "sent"), [(True, True, False), (False, True, True), (True, False, True)])
+def test_what_the_cache_had_is_sent_early_where_it_does_not_go_ahead(overlap: bool, goes: bool, sent: bool) -> None:
     run = Run(overlap=overlap, goes=goes)
-    run.request.prefix_indices = [0] * cached
     asides: list[bool] = []
     run.hooks.send_early(lambda *_arguments: asides.append(run.sent_aside()), run.scheduler, run.request)
     assert asides == ([False] if sent else []), "never aside: its slots are just being written"

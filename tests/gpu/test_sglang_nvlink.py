@@ -34,7 +34,7 @@ PROMPTS = int(os.environ.get("MAINSTEM_GPU_PROMPTS", "200"))
 MODEL = "MAINSTEM_GPU_MODEL"
 POOL_TOKENS = 16384
 """KV slots of each worker: SGLang would take what another worker of the same GPU has left."""
-SURE = 0.3
+SURE = 0.1
 """Of a token: so far are the two best apart in log-probability."""
 
 
@@ -113,7 +113,7 @@ def test_outputs_are_the_monolithic_ones_where_prompts_are_handed_over_at_once(
         compared += sure
         assert other["logprobs"]["tokens"][:sure] == one["logprobs"]["tokens"][:sure]
     print(f"{name}: {len(prompts)} prompts at once, {compared} tokens compared")
-    assert compared > 3 * len(prompts), "the first one comes from prefill: only later ones say what landed"
+    assert compared > 1.5 * len(prompts), "the first one comes from prefill: only later ones say what landed"
 
 
 def sure_tokens(choice: dict[str, Any]) -> int:

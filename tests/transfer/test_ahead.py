@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.transfer.test_handoff import AUX, LAYOUT, Pair, eventually
 from transfer.computed import Computed
 from transfer.plan import Pages
+from transfer.sender import Going
 from transfer.session import ReceiverState, SenderState
 
 ROOM = 7
@@ -38,6 +39,11 @@ def compute(pair: Pair, *numbers: int) -> None:
         buffer[list(numbers)] += 1
 
 
+def ahead(pair: Pair, *numbers: int) -> None:
+    """All of them fresh."""
+    pair.sender.ahead([Going(ROOM, pages(*numbers), len(numbers))], NOW)
+
+
 def done(pair: Pair, room: int = ROOM) -> None:
     eventually(lambda: pair.receiver.state(room) is ReceiverState.DONE)
 
@@ -45,7 +51,7 @@ def done(pair: Pair, room: int = ROOM) -> None:
 def test_pages_that_went_ahead_are_confirmed_and_not_written_again(pair: Pair) -> None:
     pair.begin(ROOM, [10, 11, 12])
     assert pair.sender.goes_ahead(ROOM)
-    pair.sender.ahead(ROOM, 0, pages(1, 2, 3), NOW)
+    ahead(pair, 1, 2, 3)
     eventually(lambda: pair.landed([1, 2, 3], [10, 11, 12]))
     assert pair.receiver.state(ROOM) is ReceiverState.GRANTED, "nobody is told before they are sent"
     pair.sender.send(ROOM, pages(1, 2, 3), AUX)
@@ -59,7 +65,7 @@ def test_pages_that_went_ahead_are_confirmed_and_not_written_again(pair: Pair) -
 def test_a_page_that_is_another_by_the_time_it_is_sent_is_written_again(pair: Pair) -> None:
     """The cache held the same tokens already: the request's own page was freed, and filled by somebody else."""
     pair.begin(ROOM, [10, 11, 12])
-    pair.sender.ahead(ROOM, 0, pages(1, 2, 3), NOW)
+    ahead(pair, 1, 2, 3)
     eventually(lambda: pair.landed([1, 2, 3], [10, 11, 12]))
     compute(pair, 2)
     pair.sender.send(ROOM, pages(1, 5, 3), AUX)
@@ -71,8 +77,8 @@ def test_a_page_that_is_another_by_the_time_it_is_sent_is_written_again(pair: Pa
 def test_chunks_go_ahead_of_those_before_them(pair: Pair) -> None:
     """A pass may be computed while the one before it is not sent yet: its pages come again with the next."""
     pair.begin(ROOM, [10, 11, 12, 13])
-    pair.sender.ahead(ROOM, 0, pages(1, 2), NOW)
-    pair.sender.ahead(ROOM, 0, pages(1, 2, 3, 4), NOW)
+    ahead(pair, 1, 2)
+    ahead(pair, 1, 2, 3, 4)
     pair.sender.send(ROOM, pages(1, 2))
     pair.sender.send(ROOM, pages(3, 4), AUX)
     done(pair)
@@ -80,13 +86,11 @@ def test_chunks_go_ahead_of_those_before_them(pair: Pair) -> None:
     assert pair.eager[0].confirmed_pages == 4
 
 
-@pytest.mark.parametrize(
-    ("first", "count"), [(0, 0), (0, 4), (3, 1), (2, 2)], ids=["none", "too many", "behind", "over the end"]
-)
-def test_what_was_not_granted_does_not_go_ahead(pair: Pair, first: int, count: int) -> None:
+@pytest.mark.parametrize("count", [0, 4], ids=["none", "too many"])
+def test_what_was_not_granted_does_not_go_ahead(pair: Pair, count: int) -> None:
     pair.begin(ROOM, [10, 11, 12])
     before = [buffer.copy() for buffer in pair.destination.buffers]
-    pair.sender.ahead(ROOM, first, np.arange(1, 1 + count, dtype=np.int32), NOW)
+    ahead(pair, *range(1, 1 + count))
     pair.sender.send(ROOM, pages(1, 2, 3), AUX)
     done(pair)
     assert pair.eager[0].confirmed_pages == 0
@@ -96,7 +100,7 @@ def test_what_was_not_granted_does_not_go_ahead(pair: Pair, first: int, count: i
 
 def test_a_page_that_is_none_does_not_go_ahead_and_fails_its_room_when_it_is_sent(pair: Pair) -> None:
     pair.begin(ROOM, [10])
-    pair.sender.ahead(ROOM, 0, pages(LAYOUT.pages), NOW)
+    ahead(pair, LAYOUT.pages)
     assert pair.sender.state(ROOM) is SenderState.GRANTED
     pair.sender.send(ROOM, pages(LAYOUT.pages), AUX)
     assert pair.sender.state(ROOM) is SenderState.FAILED
@@ -107,15 +111,29 @@ def test_nothing_goes_ahead_of_a_room_that_is_not_granted_or_has_ended(pair: Pai
     pair.open(ROOM)
     pair.sender.offer(ROOM)
     assert pair.sender.goes_ahead(ROOM), "it may be granted by the time that its pages are computed"
-    pair.sender.ahead(ROOM, 0, pages(1), NOW)
+    ahead(pair, 1)
     pair.receiver.grant(ROOM, pages(10), 1, 0)
     eventually(lambda: pair.sender.state(ROOM) is SenderState.GRANTED)
     pair.sender.fail(ROOM, "gave up")
     assert not pair.sender.goes_ahead(ROOM)
     before = pair.destination.buffers[0].copy()
-    pair.sender.ahead(ROOM, 0, pages(1), NOW)
+    ahead(pair, 1)
     eventually(lambda: pair.receiver.state(ROOM) is ReceiverState.FAILED)
     assert np.array_equal(pair.destination.buffers[0], before)
+
+
+def test_requests_of_one_pass_leave_together(pair: Pair) -> None:
+    """A layer of the second must not wait for the last layer of the first. One that has ended is left out."""
+    for number in range(3):
+        pair.begin(ROOM + number, [10 + number])
+    pair.sender.fail(ROOM + 2, "gave up")
+    pair.sender.ahead([Going(ROOM + number, pages(1 + number), 1) for number in range(3)], NOW)
+    eventually(lambda: pair.landed([1, 2], [10, 11]))
+    assert pair.eager[0].ahead_writes == [2]
+    for number in range(2):
+        pair.sender.send(ROOM + number, pages(1 + number), AUX)
+        done(pair, ROOM + number)
+    assert pair.eager[0].confirmed_pages == 2
 
 
 def test_a_route_that_writes_what_is_computed_lets_nothing_go_ahead() -> None:
@@ -123,7 +141,7 @@ def test_a_route_that_writes_what_is_computed_lets_nothing_go_ahead() -> None:
     try:
         pair.begin(ROOM, [10])
         assert not pair.sender.goes_ahead(ROOM)
-        pair.sender.ahead(ROOM, 0, pages(1), NOW)
+        ahead(pair, 1)
         pair.sender.send(ROOM, pages(1), AUX)
         done(pair)
         assert pair.landed([1], [10])
@@ -193,12 +211,12 @@ def test_whatever_goes_ahead_what_was_sent_is_what_lands(shared: _Shared, data: 
     while start < count:
         end = data.draw(st.integers(start + 1, count), "end")
         if data.draw(st.booleans(), "ahead"):
-            first = data.draw(st.integers(0, start), "first")
-            until = data.draw(st.integers(first, count), "until")
+            until = data.draw(st.integers(0, count), "until")
             guess = [
-                data.draw(st.sampled_from([page, 1 + page % (LAYOUT.pages - 1)]), "guess") for page in sent[first:until]
+                data.draw(st.sampled_from([page, 1 + page % (LAYOUT.pages - 1)]), "guess") for page in sent[:until]
             ]
-            pair.sender.ahead(room, first, np.array(guess, np.int32), NOW)
+            fresh = data.draw(st.integers(0, until), "fresh")
+            pair.sender.ahead([Going(room, np.array(guess, np.int32), fresh)], NOW)
         last = end == count
         pair.sender.send(room, np.array(sent[start:end], np.int32), AUX if last else None)
         start = end

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,17 @@ def other_device() -> int:
     finally:
         Device(0)
     return 1
+
+
+def test_memory_is_found_on_the_gpu_on_which_it_lies(device: Device, other_device: int) -> None:
+    for number in {0, other_device}:
+        owner = Device(number)
+        pointer = owner.allocate(4096)
+        device.use()
+        found = Device.of(pointer)
+        assert (found.number, found.allocation_of(pointer).base) == (number, pointer)
+        owner.free(pointer)
+    device.use()
 
 
 def layout(page_bytes: tuple[int, ...], pages: int) -> PoolLayout:
@@ -294,7 +305,7 @@ def test_a_layer_leaves_once_it_is_computed_and_not_before(device: Device) -> No
             source, destination = some(150, 200, 1), some(150, 205, 2)
             landing.expect(5, destination)
             assert route.ahead is not None
-            await route.ahead.write_ahead(source, destination, computing.computed)
+            await route.ahead.write_ahead(source, destination, len(source), computing.computed)
 
             def there() -> list[int]:
                 pairs = zip(ends.source.read(), ends.destination.read(), strict=True)
@@ -328,7 +339,7 @@ def test_a_page_that_is_written_again_after_it_went_ahead_is_the_later_one(devic
             guessed, source, destination = some(150, 200, 1), some(150, 200, 3), some(150, 205, 2)
             landing.expect(5, destination)
             assert route.ahead is not None
-            await route.ahead.write_ahead(guessed, destination, computing.computed)
+            await route.ahead.write_ahead(guessed, destination, len(guessed), computing.computed)
             await route.write(5, 0, source[:70], destination[:70])
             await route.write(5, 70, source[70:], destination[70:])
             await asyncio.sleep(0.05)
@@ -351,7 +362,7 @@ def test_small_layers_leave_together(device: Device) -> None:
                 ends.destination.fill(CANARY)
                 landing.expect(tag, destination)
                 assert route.ahead is not None
-                await route.ahead.write_ahead(source, destination, computing.computed)
+                await route.ahead.write_ahead(source, destination, len(source), computing.computed)
                 computing.compute(32)
                 await route.ahead.confirm(tag, pages)
                 await landing.landed(tag)
@@ -359,6 +370,37 @@ def test_small_layers_leave_together(device: Device) -> None:
                 computing.close()
 
     run(work())
+
+
+@pytest.mark.parametrize("order", ["random", "neighbours"])
+def test_large_pages_leave_by_the_copy_engines_and_what_was_there_before_at_once(device: Device, order: str) -> None:
+    async def work() -> None:
+        layers = tuple((layer, 3 + layer) for layer in range(3))
+        async with joined(device, (128 << 10,) * 6, 200, layers=layers) as (ends, landing, route):
+            computing = Pass(device, len(layers))
+            source, destination = some(150, 200, 1), some(150, 205, 2)
+            if order == "neighbours":
+                source, destination = np.sort(source), np.sort(destination)
+            landing.expect(5, destination)
+            assert route.ahead is not None
+            await route.ahead.write_ahead(source, destination, 110, computing.computed)
+            await asyncio.sleep(0.05)
+            computing.compute(1)
+            await until(lambda: same(ends, range(6), source[:40], destination[:40]))
+            await until(lambda: same(ends, (0, 3), source, destination))
+            assert not same(ends, (1,), source, destination), "that layer is not computed yet"
+            computing.compute(3)
+            await route.ahead.confirm(5, 150)
+            await landing.landed(5)
+            ends.check(source, destination)
+            computing.close()
+
+    run(work())
+
+
+def same(ends: Ends, buffers: Iterable[int], source: Pages, destination: Pages) -> bool:
+    mine, theirs = ends.source.read(), ends.destination.read()
+    return all((mine[buffer][source] == theirs[buffer][destination]).all() for buffer in buffers)
 
 
 def test_a_route_whose_layers_are_not_known_writes_what_is_computed(device: Device) -> None:
