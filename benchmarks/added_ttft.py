@@ -84,6 +84,12 @@ Handoffs = dict[tuple[str, Cell], dict[str, float]]
 """Medians over a cell's hand-offs."""
 WARM_TWICE_TOKENS = 8192
 """Of cells with more, one round warms up: it takes seconds."""
+LARGE_REPEATS = 3
+"""Of those too at most: what they add is told by fewer."""
+WITH_TEXT = ("mono", "layers")
+COMPARED = (700, 3000, 8192, 12_000) * 3
+"""Lengths of the prompts whose outputs are compared with mono's."""
+COMPARED_TOKENS = 16
 SPARE_WORDS = 16
 """That a text has fewer, as some are two tokens: one token more than a pass takes would be another pass."""
 TOLD_S = 0.3
@@ -110,6 +116,7 @@ def main() -> int:
     handoffs: Handoffs = {}
     ahead: dict[str, int] = {}
     inside: dict[str, dict[int, Any]] = {}
+    same: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         for names in (group.split(",") for group in options.clusters.split()):
@@ -118,18 +125,22 @@ def main() -> int:
                 for name, system in systems.items():
                     for way, ask in ways(system, name).items():
                         url = system.url if isinstance(system, Cluster) and way.endswith("router") else None
-                        measure(way, ask, options.repeats, times, url, handoffs)
+                        cells = [cell for cell in CELLS if name in WITH_TEXT or not cell.text]
+                        measure(way, cells, ask, options.repeats, times, url, handoffs)
                     if isinstance(system, Cluster):
                         ahead[name] = ahead_pages(system)
+                same |= same_outputs(systems)
             for name in names:
                 inside[name] = inside_workers(folder / name)
-    results = [row(cell, way, times, handoffs) for cell in CELLS for way in dict.fromkeys(way for way, _ in times)]
+    names = dict.fromkeys(way for way, _ in times)
+    results = [row(cell, way, times, handoffs) for cell in CELLS for way in names if (way, cell) in times]
     link = "two GPUs" if gpu_count() > 1 else "one GPU for both workers: no link is crossed"
     result = {
         "gpus": machine.gpus(),
         "between": link,
         "flags": flags,
         "ahead_pages": ahead,
+        "same_outputs_as_mono": same,
         "inside_workers_ms": inside,
         "results": results,
     }
@@ -140,6 +151,7 @@ def main() -> int:
     report.publish(result, tuple(columns), rows, options.json)
     if not options.json:
         print(f"{', '.join(machine.gpus())}; {link}; pages that left ahead: {ahead}")
+        print(f"outputs of {len(COMPARED)} prompts that are mono's: {same}")
         for name, by_tokens in inside.items():
             for tokens, spans in by_tokens.items():
                 print(f"{name}, {tokens} tokens: {spans}")
@@ -165,24 +177,43 @@ def inside_workers(folder: Path) -> dict[int, Any]:
     return {cell.tokens: medians_ms(stats, cell.tokens) for cell in CELLS}
 
 
-def ways(system: System, name: str) -> dict[str, Ask]:
+def ways(system: System, name: str, max_tokens: int = MAX_TOKENS) -> dict[str, Ask]:
     if isinstance(system, Pair):
-        return {f"{name}, direct": lambda prompt: direct(system, MODEL, prompt, MAX_TOKENS)}
+        return {f"{name}, direct": lambda prompt: direct(system, MODEL, prompt, max_tokens)}
     cluster, model = system, system.plan.router.model
     by_role = {worker.role: worker for worker in cluster.plan.workers}
     if name == "mono":
         worker = by_role["both"]
         url = f"http://{worker.host}:{worker.port}"
-        return {"mono": lambda prompt: complete(url, model, prompt, MAX_TOKENS, ignore_eos=True)}
+        return {"mono": lambda prompt: complete(url, model, prompt, max_tokens, ignore_eos=True)}
     pair = Pair.of(by_role["prefill"], by_role["decode"])
     return {
-        f"{name}, direct": lambda prompt: direct(pair, model, prompt, MAX_TOKENS),
-        f"{name}, router": lambda prompt: complete(cluster.url, model, prompt, MAX_TOKENS, ignore_eos=True),
+        f"{name}, direct": lambda prompt: direct(pair, model, prompt, max_tokens),
+        f"{name}, router": lambda prompt: complete(cluster.url, model, prompt, max_tokens, ignore_eos=True),
     }
 
 
-def measure(way: str, ask: Ask, repeats: int, times: Times, url: str | None, handoffs: Handoffs) -> None:
-    """Every cell of one way, its first requests unmeasured. Raises SystemExit where one fails.
+def same_outputs(systems: dict[str, System]) -> dict[str, str]:
+    """Of each pair, how many outputs are those of the one worker, where there is one to compare with."""
+    if "mono" not in systems:
+        return {}
+    chooser = random.Random("compared")
+    prompts = [chooser.choices(VOCABULARY, k=length) for length in COMPARED]
+    found: dict[str, list[str]] = {}
+    for name, system in systems.items():
+        *_, ask = ways(system, name, COMPARED_TOKENS).values()
+        found[name] = [ask(prompt).text for prompt in prompts]
+    return {
+        name: f"{sum(map(str.__eq__, texts, found['mono']))} of {len(prompts)}, {len(set(texts))} different"
+        for name, texts in found.items()
+        if name != "mono"
+    }
+
+
+def measure(
+    way: str, cells: list[Cell], ask: Ask, repeats: int, times: Times, url: str | None, handoffs: Handoffs
+) -> None:
+    """The cells of one way, their first requests unmeasured. Raises SystemExit where one fails.
 
     url       the router's, where it is to be asked for what it was told of these requests' hand-offs
     """
@@ -198,14 +229,15 @@ def measure(way: str, ask: Ask, repeats: int, times: Times, url: str | None, han
             return [answer.first_s for answer in answers if answer.first_s is not None]
 
         churned = False
-        for cell in CELLS:
+        for cell in cells:
             if cell.fragmented and not churned:
                 churned = True
                 for _ in range(CHURN // 4):
                     once(Cell(chooser.randint(64, 2500), 4))
-            for _ in range(2 if cell.tokens * cell.at_once <= WARM_TWICE_TOKENS else 1):
+            small = cell.tokens * cell.at_once <= WARM_TWICE_TOKENS
+            for _ in range(2 if small else 1):
                 once(cell)
-            measured = [once(cell) for _ in range(repeats)]
+            measured = [once(cell) for _ in range(repeats if small else min(repeats, LARGE_REPEATS))]
             times[way, cell] = list(itertools.chain(*measured))
             if url is not None:
                 handoffs[way, cell] = spans_of_newest(url, len(times[way, cell]))
