@@ -11,6 +11,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     decode's own cached prefix    -> not counted as prefill that was saved, sound where the pool runs full
     how far a forward pass is     -> engine.sglang_layers
     a pass while the next one runs -> engine.sglang_overlap
+    decode's first token          -> engine.sglang_first_token
     one rank asks itself          -> engine.sglang_polls
     nothing to compute            -> engine.sglang_idle
     no CUDA                       -> engine.sglang_cpu
@@ -33,6 +34,7 @@ from sglang.srt.server_args import DISAGG_TRANSFER_BACKEND_CHOICES, add_disagg_t
 from engine import sglang_cpu, sglang_polls, sglang_token_ids
 from engine.outbox import Outbox
 from engine.page_events import PageEvents
+from engine.sglang_first_token import FirstTokenHooks
 from engine.sglang_idle import IdleHook
 from engine.sglang_layers import LayerHooks
 from engine.sglang_overlap import OverlapHooks
@@ -67,6 +69,7 @@ def register() -> None:
     reader = SlotReader()
     LayerHooks(reader).register()
     OverlapHooks(reader).register()
+    FirstTokenHooks().register()
     IdleHook().register()
     sglang_token_ids.register()
     sglang_polls.apply()
