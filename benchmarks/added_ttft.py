@@ -1,8 +1,9 @@
 """TTFT that disaggregation adds on GPUs: a prefill and a decode worker beside one SGLang that does both.
 
 The same flags, the same run, prompts as token ids on every side, each prompt new. `mono` asks the one worker; `direct`
-sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `whole` is a pair
-whose pages leave once a forward pass is over instead of layer by layer; `nixl` is SGLang's own pair, without any of us.
+sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `pass` is a pair
+whose pages leave when the GPU has computed their forward pass, `layers` one whose layers leave one by one, `whole` one
+whose pages leave when SGLang sends them; `nixl` is SGLang's own pair, without any of us.
 "8 x" is eight requests at once: the median is over all of them. "fragmented": after many requests of all lengths, so
 that pages lie anywhere. "text": the prompt is text, about a token a word, which workers and router tokenize.
 By the router also where the time went: in the router until it sent the request on (with text: rendering, tokenizing),
@@ -30,7 +31,7 @@ import yaml
 from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main
 from benchmarks.client import Answer, complete, get_json
-from benchmarks.gpu_cluster import LAYERWISE_BYTES, MODEL, gpu_config, gpu_count
+from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
 from benchmarks.gpu_systems import System, all_running
 from benchmarks.legs import Pair, direct
 from benchmarks.reference import VOCABULARY
@@ -86,7 +87,8 @@ WARM_TWICE_TOKENS = 8192
 """Of cells with more, one round warms up: it takes seconds."""
 LARGE_REPEATS = 3
 """Of those too at most: what they add is told by fewer."""
-WITH_TEXT = ("mono", "layers")
+AHEAD = {"pass": "pass", "layers": "layers"}
+WITH_TEXT = ("mono", "pass")
 COMPARED = (700, 3000, 8192, 12_000) * 3
 """Lengths of the prompts whose outputs are compared with mono's."""
 COMPARED_TOKENS = 16
@@ -103,8 +105,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7, help="of every cell (default 7)")
     parser.add_argument(
         "--clusters",
-        default="mono,layers,whole,nixl",
-        help="what is up at the same time, and what after it: as memory allows (default: mono,layers,whole,nixl)",
+        default="mono,pass,layers,nixl",
+        help="what is up at the same time, and what after it: as memory allows (default: mono,pass,layers,nixl)",
     )
     parser.add_argument("--keep", type=Path, help="a folder in which logs stay")
     options = parser.parse_args()
@@ -166,7 +168,7 @@ def config(folder: Path, name: str, model: Path, flags: dict[str, Any]) -> Path:
         pool_tokens=POOL_TOKENS,
         flags=flags,
         both=int(name == "mono"),
-        layerwise_bytes=LAYERWISE_BYTES if name == "layers" else None,
+        ahead=AHEAD.get(name, "never"),
     )
 
 

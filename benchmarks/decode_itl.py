@@ -22,7 +22,7 @@ import yaml
 
 from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main, running
-from benchmarks.gpu_cluster import LAYERWISE_BYTES, MODEL, gpu_config, gpu_count
+from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
 from benchmarks.reference import VOCABULARY
 from benchmarks.streams import Client, Stream, percentile, session
 
@@ -65,7 +65,6 @@ def main() -> int:
             options.model.resolve(),
             pool_tokens=POOL_TOKENS,
             flags={"context-length": 16384, "cuda-graph-max-bs": RUNNING + 8, **options.flags},
-            layerwise_bytes=LAYERWISE_BYTES,
         )
         with running(file, state_dir=folder) as cluster:
             rows = asyncio.run(measure(cluster.url, options))

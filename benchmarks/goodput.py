@@ -30,7 +30,7 @@ import yaml
 
 from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main
-from benchmarks.gpu_cluster import LAYERWISE_BYTES, MODEL, gpu_config, gpu_count
+from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
 from benchmarks.gpu_systems import NIXL, System, all_running
 from benchmarks.legs import Pair
 from benchmarks.reference import VOCABULARY
@@ -131,7 +131,6 @@ def cluster_file(folder: Path, group: str, options: argparse.Namespace) -> Path:
         pool_tokens=options.pool_tokens,
         flags={"context-length": 16384, **options.flags},
         both=2 if group == "both" else 0,
-        layerwise_bytes=LAYERWISE_BYTES,
     )
 
 

@@ -14,8 +14,6 @@ import yaml
 from transfer.cuda import CudaFailed, Device
 
 MODEL = "measured"
-LAYERWISE_BYTES = 256 << 20
-"""From which on a pass's pages leave layer by layer, where they do: 2,048 tokens at 8B dimensions."""
 NVLINK = Path(__file__).parents[1] / "configs" / "1p1d-nvlink.yaml"
 
 
@@ -36,6 +34,7 @@ def gpu_config(
     pool_tokens: int,
     flags: dict[str, Any],
     both: int = 0,
+    ahead: str = "pass",
     layerwise_bytes: int | None = None,
 ) -> Path:
     """Writes the cluster file.
@@ -44,11 +43,13 @@ def gpu_config(
                  the same ones in every process
     pool_tokens  KV slots of each worker: SGLang would take what another worker of the same GPU has left
     flags        more of SGLang's flags
+    ahead, layerwise_bytes  as in the file's section `transfer`
     both         so many workers that do both, on a GPU each as far as there are any, in place of the pair
     """
     tree = yaml.safe_load(NVLINK.read_text())
     tree["model"] = {"path": str(model), "served_name": MODEL}
-    engine: dict[str, Any] = {"skip-server-warmup": True, "max-total-tokens": pool_tokens}
+    # SGLang's own scheduler spins where it has nothing to do, and takes a core from those that are measured.
+    engine: dict[str, Any] = {"skip-server-warmup": True, "max-total-tokens": pool_tokens, "sleep-on-idle": True}
     if not list(model.glob("*.safetensors")):
         engine["load-format"] = "dummy"
     tree["engine"] |= engine | flags
@@ -59,7 +60,9 @@ def gpu_config(
         ]
     for group in tree["workers"]:
         group["engine"]["base-gpu-id"] %= gpus
-    tree["transfer"]["layerwise_bytes"] = layerwise_bytes
+    tree["transfer"]["ahead"] = ahead
+    if layerwise_bytes is not None:
+        tree["transfer"]["layerwise_bytes"] = layerwise_bytes
     with socket.socket() as placeholder:
         placeholder.bind(("127.0.0.1", 0))
         tree["router"]["port"] = placeholder.getsockname()[1]

@@ -92,9 +92,12 @@ class TransferSection(BaseModel):
     """Network devices that nixl uses, as UCX names them: eth0, or mlx5_0:1 for a port of an RDMA card."""
     trusted_devices: tuple[Device, ...] = ()
     """Network devices that only trusted machines reach. nixl uses no others, but for loopback."""
-    layerwise_bytes: Annotated[int | None, Field(ge=1, strict=True)] = None
-    """A request that has so much to send, or more, in a forward pass is sent by nvlink layer by layer while later ones
-    are computed, not at the end of the pass. Default: none is. Experimental: not proven under SGLang."""
+    ahead: Literal["never", "pass", "layers"] = "never"
+    """When nvlink writes pages: never before SGLang sends them, or when the GPU has computed their forward pass, or
+    each layer of it. The last two spare a first token the time in which the CPU looks at the pass."""
+    layerwise_bytes: Annotated[int, Field(ge=1, strict=True)] = 256 << 20
+    """With `ahead: layers`, a forward pass with less than this goes as with `ahead: pass`: it is over the link in no
+    time."""
     timeout_s: Seconds = 60.0
     """A hand-off that has not ended this long after its pages were granted fails."""
     silence_s: Annotated[float, Field(ge=1)] = 2.5

@@ -9,6 +9,7 @@ and its sockets are not used: decode connects to prefill's hand-off port itself.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,9 +159,10 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         deadlines = Deadlines(handoff_s=spec.handoff_timeout_s, silence_s=spec.silence_s)
         layers = None if decodes else _layers(spec, pool, server_args, is_mla=bool(is_mla_backend))
         self.passes = None if layers is None else _passes(pool, len(layers))
-        """Of a prefill worker whose pages may leave layer by layer."""
-        self.ahead_pages = -(-(spec.layerwise_bytes or 0) // self.bytes_per_page)
-        """Where a pass has so many: fewer are over the link in no time, and to ask a GPU which they are takes some."""
+        """Of a prefill worker whose pages may leave before they are sent."""
+        by_layers = spec.ahead == "layers"
+        self.layerwise_pages = -(-spec.layerwise_bytes // self.bytes_per_page) if by_layers else math.inf
+        """Where a pass has so many pages to send. With fewer they leave together once it is computed."""
         transports = make(
             spec.transports,
             pool,
@@ -400,11 +402,11 @@ def _room_taken(room: int) -> HandoffRefused:
 
 
 def _layers(spec: WorkerSpec, pool: Pool, server_args: Any, *, is_mla: bool) -> Layers | None:
-    """What lets pages leave layer by layer; None where they do not."""
-    if MEMORY[server_args.device] != "VRAM" or "nvlink" not in spec.transports or spec.layerwise_bytes is None:
+    """What lets pages leave before they are sent; None where they do not."""
+    if MEMORY[server_args.device] != "VRAM" or "nvlink" not in spec.transports or spec.ahead == "never":
         return None
     if reason := why_whole(server_args):
-        log.info("pages leave when a forward pass is over, not layer by layer: %s", reason)
+        log.info("pages leave when they are sent, not before: %s", reason)
         return None
     return layers_of(len(pool.buffers), is_mla=is_mla)
 

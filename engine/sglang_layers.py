@@ -1,9 +1,10 @@
-"""Prefill's forward passes say when each layer is computed, so that pages leave layer by layer (`Sender.ahead`).
+"""Prefill's forward passes say when they are computed: pages leave without waiting for the CPU (`Sender.ahead`).
 
-    Scheduler.run_batch                         a pass begins: which pages its requests have when it is over; at its end
-                                                its stream has all of it
-    AttentionBackend.forward, layer n           the layers before n are in the pool, as far as the stream is concerned
-    Scheduler.process_batch_result              the pass before this one is sent, and now this one's pages may leave
+    Scheduler.run_batch                 a pass begins: which pages its requests have when it is over;
+                                        at its end its stream has all of it
+    AttentionBackend.forward, layer n   where layers leave one by one: those before n are in the pool,
+                                        as far as the stream is concerned
+    Scheduler.process_batch_result      the pass before this one is sent, and now this one's pages may leave
 
 A route copies in order: pages of a pass that is yet to be computed must not go before those of the one before it are
 sent. So with SGLang's overlap, which begins a pass before it looks at the result of the last one, they wait for that.
@@ -33,6 +34,7 @@ class _Going:
 
     sender: Any
     slots: SlotsRead
+    all_pages: int
     fresh: int
     """How many of its pages the pass computes, the last ones."""
 
@@ -43,7 +45,7 @@ class LayerHooks:
     def __init__(self, reader: SlotReader) -> None:
         self._reader = reader
         self._passes: ForwardPasses | None = None
-        """Of the process, while one of them runs and pages are to leave."""
+        """Of the process, while one of them runs whose layers leave one by one."""
         self._manager: Any = None
         self._going: list[_Going] = []
         """Of the pass that runs, or was put into its stream last."""
@@ -62,11 +64,13 @@ class LayerHooks:
         if manager is None or not batch.forward_mode.is_extend():
             return original(scheduler, batch, *arguments, **named)
         self._leave()  # The result of the pass before was never looked at.
-        self._manager, self._going = manager, self._about_to_run(scheduler, batch, manager)
+        self._manager, self._going = manager, self._about_to_run(scheduler, batch)
         if not self._going:
             return original(scheduler, batch, *arguments, **named)
-        passes = self._passes = manager.passes
+        passes = manager.passes
         passes.begin(_stream_of(scheduler).cuda_stream)
+        if sum(one.all_pages for one in self._going) >= manager.layerwise_pages:
+            self._passes = passes
         try:
             result = original(scheduler, batch, *arguments, **named)
         finally:
@@ -83,38 +87,30 @@ class LayerHooks:
         if self._passes is not None:
             self._passes.reaches((named["layer"] if "layer" in named else arguments[4]).layer_id)
 
-    def _about_to_run(self, scheduler: Any, batch: Any, manager: Any) -> list[_Going]:
-        """The requests of the pass whose pages are to go ahead, where they are enough: pages that are full when it is
-        over, and a prompt's last one; those that a cache had too.
+    def _about_to_run(self, scheduler: Any, batch: Any) -> list[_Going]:
+        """The requests of the pass whose pages go ahead: those that are full when it is over, and a prompt's last one.
 
         Also a request that decode has not granted pages yet: it may have when the pass is in its stream.
         """
         page_tokens = scheduler.token_to_kv_pool_allocator.page_size
-        able = []
+        table = scheduler.req_to_token_pool.req_to_token
+        going = []
         for request in batch.reqs:
             # A request of SGLang's own, to warm up or to ask for health, has a sender of SGLang's own.
             sender = request.disagg_kv_sender
             if not hasattr(sender, "leaves_ahead"):
                 continue
+            sender.leaves_ahead = sender.goes_ahead()
+            if not sender.leaves_ahead:
+                continue
             end = request.extend_range.end
             if end < len(request.origin_input_ids):
                 end -= end % page_tokens
-            sender.leaves_ahead = sender.goes_ahead()
-            if sender.leaves_ahead:
-                able.append((request, end))
-        if sum(-(-end // page_tokens) for _, end in able) < manager.ahead_pages:
-            for request, _ in able:
-                request.disagg_kv_sender.leaves_ahead = False
-            return []
-        table = scheduler.req_to_token_pool.req_to_token
-        return [
-            _Going(
-                request.disagg_kv_sender,
-                self._reader.read(table[request.req_pool_idx, :end], page_tokens),
-                max(0, -(-end // page_tokens) - request.extend_range.start // page_tokens),
-            )
-            for request, end in able
-        ]
+            pages = -(-end // page_tokens)
+            slots = self._reader.read(table[request.req_pool_idx, :end], page_tokens)
+            fresh = max(0, pages - request.extend_range.start // page_tokens)
+            going.append(_Going(sender, slots, pages, fresh))
+        return going
 
     def _leave(self) -> None:
         computed, self._computed = self._computed, None

@@ -1,8 +1,12 @@
-"""Prefill with SGLang's overlap hands pages over when their pass is done, not when the next one is.
+"""Prefill hands pages over when their pass is done, and not later: beside SGLang's overlap, and its optimism.
 
-SGLang looks at a pass's result when the next pass has been put into its stream, and only then asks the GPU for the
-pages to send, in a stream that waits for that next pass. Here it asks aside (`SlotReader`), unless the request's slots
-were changed just before: the cache found that it held the same tokens already, and gave the request its own pages.
+With the overlap, SGLang looks at a pass's result when the next pass has been put into its stream, and only then asks
+the GPU for the pages to send, in a stream that waits for that next pass. Here it asks aside (`SlotReader`), unless the
+request's slots were changed just before: the cache found that it held the same tokens already, and gave the request
+its own pages.
+
+A request that was computed before decode had pages for it is sent, where it has by then, with the others of its pass.
+SGLang would send it once it has written its statistics and log.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -33,10 +38,19 @@ class OverlapHooks:
     def register(self) -> None:
         scheduler = "sglang.srt.managers.scheduler.Scheduler."
         cache = "sglang.srt.mem_cache.radix_cache.RadixCache."
+        HookRegistry.register(scheduler + "process_batch_result_disagg_prefill", self.granted, HookType.BEFORE)
         HookRegistry.register(scheduler + "send_kv_chunk", self.send, HookType.AROUND)
         HookRegistry.register(scheduler + "maybe_send_cached_prefix_chunk", self.send_early, HookType.AROUND)
         HookRegistry.register(cache + "insert", self.inserted, HookType.AFTER)
         HookRegistry.register(cache + "cache_unfinished_req", self.cached, HookType.AROUND)
+
+    def granted(self, scheduler: Any, batch: Any, _result: Any) -> None:
+        """Finds the optimistic requests to which decode has granted pages while their last chunk was computed."""
+        for request in batch.reqs:
+            sender = request.disagg_kv_sender
+            optimistic = request.pending_bootstrap and request.inflight_middle_chunks <= 0
+            if optimistic and hasattr(sender, "slots_changed") and sender.poll() == KVPoll.WaitingForInput:
+                scheduler.disagg_prefill_bootstrap_queue.finalize_bootstrap(request)
 
     def send(self, original: Any, scheduler: Any, request: Any, *arguments: Any, **named: Any) -> None:
         sender = request.disagg_kv_sender

@@ -57,8 +57,10 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Connections to each peer over which tcp moves pages."""
     nixl_devices: tuple[str, ...] = ("lo",)
     """Network devices that NIXL may use, as UCX names them: whoever reaches one can write this worker's memory."""
-    layerwise_bytes: int | None = None
-    """From how much in a forward pass nvlink writes a layer's pages while later layers are computed; None: never."""
+    ahead: Literal["never", "pass", "layers"] = "never"
+    """When nvlink writes pages: when SGLang sends them, or when their forward pass is computed, or each layer of it."""
+    layerwise_bytes: int = 256 << 20
+    """From how much in a forward pass layer by layer; less goes when the pass is computed."""
     renew_s: float = 1.0
     """Time between two registrations."""
     audit_s: float = 5.0

@@ -17,3 +17,8 @@ class Computed:
     events: tuple[Any, ...]
     """CUDA's, one for each layer in their order: it and those before it are in the pool. A later pass may record the
     same events again: who waits then waits for that, which is longer than needed and never too short."""
+
+    @property
+    def together(self) -> bool:
+        """Whether nothing is known of a layer before all of them are computed."""
+        return self.events[0] is self.events[-1]

@@ -47,7 +47,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 30e-6
 """Between two looks at a transfer that is under way. NIXL offers nothing to wait on."""
-VRAM_SEGMENT = "256K"
 SLICE_S = 10e-3
 """Polled at a stretch; then the agent's thread looks what else there is to do."""
 _ADDRESSES = 1 << 64
@@ -89,9 +88,6 @@ class NixlTransport:
             "UCX_NET_DEVICES": ",".join(devices),
             "UCX_TLS": ucx_transports(devices, gpu=memory == "VRAM" or _has_nvidia_gpu()),
         }
-        if memory == "VRAM":
-            # Over TCP a GPU's pages are copied through the host in pieces of this size; UCX's own choice is 8 KiB.
-            self._environment |= {f"UCX_TCP_{way}_SEG_SIZE": VRAM_SEGMENT for way in ("TX", "RX")}
         self._library = _load_library()
         self._pool = pool
         self._memory: Memory = memory

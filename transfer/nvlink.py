@@ -1,7 +1,8 @@
 """Pages between two GPUs of one host: prefill's GPU writes into decode's pool, which it has mapped. One kernel a write.
 
     write         prefill   one launch for all buffers; page indices travel with it as arguments, nothing waits for it
-    write_ahead   prefill   the copy engines, for each layer or a few, held by its stream until they have been computed
+    write_ahead   prefill   held by its stream until they have been computed: one launch for all layers, or the copy
+                            engines for each, or a few
     confirm       prefill   a launch that copies nothing: it says that those are there
     landed        decode    reads the records that the kernel leaves in host memory once its pages are in place
     settled       prefill   its stream is empty, so that it can say that it stopped
@@ -287,6 +288,10 @@ class NvlinkRoute:
         self._hold()
         early = len(source) - fresh
         try:
+            if computed.together:
+                self._device.wait(self._job.stream, computed.events[-1])
+                self._copy(source, destination, self._job.all, self._job.blocks)
+                return
             if early:
                 self._device.wait(self._job.stream, computed.events[0])
                 self._copy(source[:early], destination[:early], self._job.all, AHEAD_BLOCKS)

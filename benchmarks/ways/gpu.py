@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import uvloop
 
 from benchmarks.ways import mooncake_raw, nixl_raw
 from benchmarks.ways.cell import AUX, Order, choose, short
@@ -264,7 +263,7 @@ class _Alone:
 
 class _RoutePrefill:
     def __init__(self, memory: GpuMemory, description: bytes, blocks: int) -> None:
-        self._loop = uvloop.new_event_loop()
+        self._loop = asyncio.new_event_loop()
         self._route = self._loop.run_until_complete(
             NvlinkTransport(memory.pool, blocks=blocks).connect(description, memory.layout, _Alone())
         )

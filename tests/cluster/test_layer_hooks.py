@@ -32,9 +32,9 @@ class Sender:
 
 
 class Manager:
-    def __init__(self, passes: Any, ahead_pages: int) -> None:
+    def __init__(self, passes: Any, layerwise_pages: int) -> None:
         self.passes = passes
-        self.ahead_pages = ahead_pages
+        self.layerwise_pages = layerwise_pages
         self.computed: list[Any] = []
 
     def ahead(self, going: list[Any], computed: Any) -> None:
@@ -46,7 +46,7 @@ class Manager:
 class Run:
     """A scheduler that runs one batch with the hooks around it."""
 
-    def __init__(self, layers: int = 3, *, counts: bool = True, ahead_pages: int = 0) -> None:
+    def __init__(self, layers: int = 3, *, counts: bool = True, layerwise_pages: int = 0) -> None:
         from engine.forward_passes import ForwardPasses
         from engine.sglang_layers import LayerHooks
         from engine.sglang_slots import SlotReader
@@ -57,7 +57,7 @@ class Run:
         passes = ForwardPasses(
             [list(range(layers))], lambda event, _stream: self.recorded.append(event), lambda: STREAM
         )
-        self.manager = Manager(passes if counts else None, ahead_pages)
+        self.manager = Manager(passes if counts else None, layerwise_pages)
         self.scheduler = SimpleNamespace(
             disagg_prefill_bootstrap_queue=SimpleNamespace(kv_manager=self.manager),
             enable_overlap=True,
@@ -124,12 +124,14 @@ def test_two_requests_of_a_batch_leave_together() -> None:
     assert (one.went, two.went) == ([([10, 11, 12, 13], 4)], [([50, 51, 52, 53], 3)])
 
 
-def test_pages_go_ahead_where_a_pass_has_enough_of_them() -> None:
-    run, one, two = Run(ahead_pages=7), Sender(), Sender()
+def test_layers_leave_one_by_one_where_a_pass_has_enough_pages_and_else_together() -> None:
+    run, one, two = Run(layerwise_pages=7), Sender(), Sender()
     run.batch(run.request(0, 0, 64, 64, one))
-    assert (one.went, one.leaves_ahead, run.recorded) == ([], False, [])
+    assert (one.went, run.recorded) == ([([10, 11, 12, 13], 4)], [2])
+    assert run.manager.computed[0].together
     run.batch(run.request(0, 0, 64, 64, one), run.request(1, 0, 48, 48, two))
-    assert (len(one.went), len(two.went), one.leaves_ahead) == (1, 1, True)
+    assert run.recorded == [2, 0, 1, 2]
+    assert not run.manager.computed[1].together
 
 
 def test_a_pass_that_begins_before_the_last_one_was_sent_waits_for_that() -> None:

@@ -77,6 +77,30 @@ def test_pages_are_asked_for_aside_where_the_overlap_is_on() -> None:
     assert not Run(overlap=False).sent_aside()
 
 
+@pytest.mark.parametrize(
+    ("pending", "chunks", "state", "found"),
+    [
+        (True, 0, "granted", True),
+        (False, 0, "granted", False),
+        (True, 1, "granted", False),
+        (True, 0, "offered", False),
+    ],
+)
+def test_a_request_that_was_granted_pages_meanwhile_is_sent_with_the_others(
+    pending: bool, chunks: int, state: str, found: bool
+) -> None:
+    from sglang.srt.disaggregation.base.conn import KVPoll
+
+    run = Run()
+    polled = KVPoll.WaitingForInput if state == "granted" else KVPoll.Bootstrapping
+    run.request.disagg_kv_sender.poll = lambda: polled
+    run.request.pending_bootstrap, run.request.inflight_middle_chunks = pending, chunks
+    ready: list[Any] = []
+    run.scheduler.disagg_prefill_bootstrap_queue = SimpleNamespace(finalize_bootstrap=ready.append)
+    run.hooks.granted(run.scheduler, SimpleNamespace(reqs=[run.request]), "result")
+    assert (ready == [run.request]) is found
+
+
 def test_a_request_to_which_the_cache_gave_other_pages_waits_once() -> None:
     run = Run()
     run.insert([1, 2, 3, 4, 5, 6, 7, 8])  # Somebody else's, meanwhile.

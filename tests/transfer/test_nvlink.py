@@ -398,6 +398,28 @@ def test_large_pages_leave_by_the_copy_engines_and_what_was_there_before_at_once
     run(work())
 
 
+def test_where_nothing_is_known_of_a_layer_all_leave_at_the_end(device: Device) -> None:
+    async def work() -> None:
+        page_bytes, layers = LAYERED
+        async with joined(device, page_bytes, 200, layers=layers) as (ends, landing, route):
+            computing = Pass(device, len(layers))
+            source, destination = some(150, 200, 1), some(150, 205, 2)
+            landing.expect(5, destination)
+            assert route.ahead is not None
+            last = Computed(computing.computed.events[-1:] * len(layers))
+            await route.ahead.write_ahead(source, destination, 110, last)
+            await route.ahead.confirm(5, 150)
+            computing.compute(2)
+            await asyncio.sleep(0.05)
+            assert not landing.in_place(5)
+            computing.compute(3)
+            await landing.landed(5)
+            ends.check(source, destination)
+            computing.close()
+
+    run(work())
+
+
 def same(ends: Ends, buffers: Iterable[int], source: Pages, destination: Pages) -> bool:
     mine, theirs = ends.source.read(), ends.destination.read()
     return all((mine[buffer][source] == theirs[buffer][destination]).all() for buffer in buffers)
