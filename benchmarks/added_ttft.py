@@ -14,6 +14,7 @@ Below the table: where the time went inside the workers, by SGLang's own clock.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import statistics
 import sys
@@ -108,7 +109,7 @@ def main() -> int:
         default="mono,pass,layers,nixl",
         help="what is up at the same time, and what after it: as memory allows (default: mono,pass,layers,nixl)",
     )
-    parser.add_argument("--keep", type=Path, help="a folder in which logs stay")
+    parser.add_argument("--keep", type=Path, help="a folder in which logs stay, and rows.json so far")
     options = parser.parse_args()
     if not gpu_count():
         report.progress("added_ttft: wanted a GPU, found none")
@@ -129,13 +130,14 @@ def main() -> int:
                         url = system.url if isinstance(system, Cluster) and way.endswith("router") else None
                         cells = [cell for cell in CELLS if name in WITH_TEXT or not cell.text]
                         measure(way, cells, ask, options.repeats, times, url, handoffs)
+                        # For whoever has less time than this takes.
+                        (folder / "rows.json").write_text(json.dumps(rows(times, handoffs), indent=1))
                     if isinstance(system, Cluster):
                         ahead[name] = ahead_pages(system)
                 same |= same_outputs(systems)
             for name in names:
                 inside[name] = inside_workers(folder / name)
-    names = dict.fromkeys(way for way, _ in times)
-    results = [row(cell, way, times, handoffs) for cell in CELLS for way in names if (way, cell) in times]
+    results = rows(times, handoffs)
     link = "two GPUs" if gpu_count() > 1 else "one GPU for both workers: no link is crossed"
     result = {
         "gpus": machine.gpus(),
@@ -149,8 +151,8 @@ def main() -> int:
     columns = {"tokens": "cell", "way": "way", "TTFT p50 ms": "ttft_ms", "p90": "p90_ms", "added ms": "added_ms"}
     columns |= {"in the router": "queued_ms", "finding pages": "opening_ms"}
     columns |= {"computing": "computing_ms", "handing over": "handover_ms"}
-    rows = [[one.get(key, "") for key in columns.values()] for one in results]
-    report.publish(result, tuple(columns), rows, options.json)
+    table = [[one.get(key, "") for key in columns.values()] for one in results]
+    report.publish(result, tuple(columns), table, options.json)
     if not options.json:
         print(f"{', '.join(machine.gpus())}; {link}; pages that left ahead: {ahead}")
         print(f"outputs of {len(COMPARED)} prompts that are mono's: {same}")
@@ -260,6 +262,12 @@ def ahead_pages(cluster: Cluster) -> int:
     with urllib.request.urlopen(f"{cluster.url}/metrics", timeout=10) as response:
         lines = response.read().decode().splitlines()
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith("mainstem_handoff_ahead_pages_total"))
+
+
+def rows(times: Times, handoffs: Handoffs) -> list[dict[str, Any]]:
+    """Cell by cell, of what was measured."""
+    ways = dict.fromkeys(way for way, _ in times)
+    return [row(cell, way, times, handoffs) for cell in CELLS for way in ways if (way, cell) in times]
 
 
 def row(cell: Cell, way: str, times: Times, handoffs: Handoffs) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """What hand-offs do to those who are decoding: ITL of 32 running requests, with 8k-token prompts coming in, and none.
 
-A prefill and a decode worker (configs/1p1d-nvlink.yaml), asked by the router. The running requests are streams of a
-short prompt each, and their tokens are counted in turns: a while with nothing else, a while in which an 8,192-token
-prompt that stops after its first token arrives every 250 ms. ITL is the time between two tokens of a stream as a client
-sees it. With one GPU for both workers prefill's own arithmetic slows decode down: then this says nothing of hand-offs,
-but that all of it works.
+A prefill and a decode worker (configs/1p1d-nvlink.yaml), asked by the router; and SGLang's own pair over NIXL, to which
+this program sends both legs. The running requests are streams of a short prompt each, and their tokens are counted in
+turns: a while with nothing else, a while in which an 8,192-token prompt that stops after its first token arrives every
+250 ms. ITL is the time between two tokens of a stream as a client sees it. With one GPU for both workers prefill's own
+arithmetic slows decode down: then this says nothing of hand-offs, but that all of it works.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typing import Any
 import yaml
 
 from benchmarks import machine, report
-from benchmarks.bench_cluster import run_main, running
+from benchmarks.bench_cluster import run_main
 from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
+from benchmarks.gpu_systems import NIXL, all_running
+from benchmarks.legs import Pair
 from benchmarks.reference import VOCABULARY
 from benchmarks.streams import Client, Stream, percentile, session
 
@@ -34,7 +36,9 @@ SETTLE_S = 2.0
 WARM_S = 180.0
 LONGEST_TOKENS = 3000
 """Of an answer, so that what runs has a place in the pool."""
+SYSTEMS = ("mainstem", NIXL)
 COLUMNS = {
+    "system": "system",
     "phase": "phase",
     "tokens": "tokens",
     "ITL p50 ms": "itl_p50_ms",
@@ -52,36 +56,46 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=4.0, help="hand-offs a second (default 4)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each phase (default 8)")
     parser.add_argument("--rounds", type=int, default=3, help="of both phases (default 3)")
+    parser.add_argument("--systems", type=lambda text: text.split(","), default=list(SYSTEMS), help="default: both")
     parser.add_argument("--keep", type=Path, help="a folder in which logs stay")
     options = parser.parse_args()
+    if unknown := [name for name in options.systems if name not in SYSTEMS]:
+        parser.error(f"--systems: wanted some of {', '.join(SYSTEMS)}, found {', '.join(unknown)}")
     if not gpu_count():
         report.progress("decode_itl: wanted a GPU, found none")
         return 2
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = gpu_config(
-            folder / "cluster.yaml",
-            options.model.resolve(),
-            pool_tokens=POOL_TOKENS,
-            flags={"context-length": 16384, "cuda-graph-max-bs": RUNNING + 8, **options.flags},
-        )
-        with running(file, state_dir=folder) as cluster:
-            rows = asyncio.run(measure(cluster.url, options))
+        files = {name: cluster_file(folder / name, options) for name in options.systems}
+        with all_running(files) as systems:
+            for name, system in systems.items():
+                target = system if isinstance(system, Pair) else system.url
+                rows += [{"system": name, **row} for row in asyncio.run(measure(name, target, options))]
     link = "two GPUs" if gpu_count() > 1 else "one GPU for both workers: no link is crossed"
     result = {"gpus": machine.gpus(), "between": link, "running": RUNNING, "rate": options.rate, "results": rows}
     report.publish(result, tuple(COLUMNS), [[row[key] for key in COLUMNS.values()] for row in rows], options.json)
     return 0
 
 
-async def measure(url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def cluster_file(folder: Path, options: argparse.Namespace) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return gpu_config(
+        folder / "cluster.yaml",
+        options.model.resolve(),
+        pool_tokens=POOL_TOKENS,
+        flags={"context-length": 16384, "cuda-graph-max-bs": RUNNING + 8, **options.flags},
+    )
+
+
+async def measure(name: str, target: str | Pair, options: argparse.Namespace) -> list[dict[str, Any]]:
     chooser = random.Random(7)
 
     def prompt(tokens: int) -> list[int]:
         return [chooser.choice(VOCABULARY) for _ in range(tokens)]
 
     async with session() as opened:
-        client = Client(opened, url, MODEL)
+        client = Client(opened, target, MODEL)
         await warm(client, prompt)
         gaps: dict[str, list[float]] = {"quiet": [], "handed over to": []}
         arrivals: dict[str, list[Stream]] = {name: [] for name in gaps}
@@ -100,11 +114,11 @@ async def measure(url: str, options: argparse.Namespace) -> list[dict[str, Any]]
                 else:
                     arrivals[phase] += await arriving(client, prompt, options.rate, options.seconds)
                 spans[phase] = (began_s, time.perf_counter())
-                report.progress(f"  round {number + 1} of {options.rounds}, {phase}: done")
+                report.progress(f"  {name}, round {number + 1} of {options.rounds}, {phase}: done")
             done = _checked(await asyncio.gather(*streams))
             for phase, (from_s, until_s) in spans.items():
                 gaps[phase] += within(done, from_s, until_s)
-    return rows(gaps, arrivals)
+    return phases(gaps, arrivals)
 
 
 async def warm(client: Client, prompt: Any) -> None:
@@ -141,7 +155,7 @@ def within(streams: list[Stream], from_s: float, until_s: float) -> list[float]:
     ]
 
 
-def rows(gaps: dict[str, list[float]], arrivals: dict[str, list[Stream]]) -> list[dict[str, Any]]:
+def phases(gaps: dict[str, list[float]], arrivals: dict[str, list[Stream]]) -> list[dict[str, Any]]:
     quiet_p99_s = percentile(gaps["quiet"], 0.99)
     found = []
     for phase, taken in gaps.items():

@@ -272,9 +272,13 @@ class _RoutePrefill:
         return None
 
     def send(self, room: int, source: Pages, destination: Pages) -> float:
-        began_s = time.monotonic()
-        self._loop.run_until_complete(self._route.write(room, 0, source, destination))
-        return began_s
+        async def write() -> float:
+            # In the loop, where the product is too: to enter it takes longer than a small write.
+            began_s = time.monotonic()
+            await self._route.write(room, 0, source, destination)
+            return began_s
+
+        return self._loop.run_until_complete(write())
 
     def close(self) -> None:
         self._loop.run_until_complete(self._route.disconnect())

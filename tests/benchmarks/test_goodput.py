@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.decode_itl import rows, within
+from benchmarks.decode_itl import phases, within
 from benchmarks.goodput import GROUPS, PREFIX_TOKENS, QUESTION_TOKENS, Load, met, row
 from benchmarks.streams import Stream, percentile
 
@@ -49,7 +49,7 @@ def test_gaps_belong_to_the_phase_in_which_both_tokens_came() -> None:
     one = stream(1.0, 0.5, 0.5, 0.5)  # Tokens at 11.0, 11.5, 12.0 and 12.5.
     assert within([one], 11.4, 12.1) == [0.5]
     assert within([one], 0, 99) == [0.5] * 3
-    told = rows(
+    told = phases(
         {"quiet": [0.01] * 99 + [0.02], "handed over to": [0.01] * 98 + [0.03] * 2},
         {"quiet": [], "handed over to": [one]},
     )
