@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.bench_cluster import LOCAL_CPU, run_main
-from benchmarks.client import Answer, ask, get_json
+from benchmarks.client import Answer, ask, ask_ready, get_json, streaming
 from benchmarks.words import sentence
 from engine.config import read_cluster
 from engine.model import choose_model
@@ -122,13 +122,14 @@ def _first_s(answer: Answer) -> float:
 
 
 def _direct(ports: tuple[int, int], path: str, body: dict[str, Any]) -> Answer:
-    """Both legs by hand, the prefill one in a thread."""
+    """Both legs by hand, the prefill one in a thread; both ready before the clock begins, as the router's one is."""
     prefill, decode = ports
     legs = {"rid": f"{next(ROOM):032x}", "bootstrap_host": "127.0.0.1", "bootstrap_port": prefill}
-    sent = {**body, **legs, "bootstrap_room": next(ROOM)}
-    other = threading.Thread(target=ask, args=(f"http://127.0.0.1:{prefill}", path, sent))
+    payload = streaming({**body, **legs, "bootstrap_room": next(ROOM)})
+    began_s = time.perf_counter()
+    other = threading.Thread(target=ask_ready, args=(f"http://127.0.0.1:{prefill}", path, payload, began_s))
     other.start()
-    answer = ask(f"http://127.0.0.1:{decode}", path, sent)
+    answer = ask_ready(f"http://127.0.0.1:{decode}", path, payload, began_s)
     other.join()
     return answer
 
