@@ -33,6 +33,9 @@ class FirstTokenHooks:
         if getattr(queue.scheduler.disagg_decode_prealloc_queue.kv_manager, "receiver", None) is None:
             return
         if ready := [request for request in requests if _goes_on(request)]:
+            for request in ready:
+                # As SGLang notes it a moment later: it says how long a request has waited with each event.
+                request.time_stats.set_forward_entry_time()
             queue.scheduler.output_streamer.stream_output(ready, False)
 
     def prebuilt(self, original: Any, processor: Any, batch: Any) -> None:

@@ -4,10 +4,12 @@
                                         at its end its stream has all of it
     AttentionBackend.forward, layer n   where layers leave one by one: those before n are in the pool,
                                         as far as the stream is concerned
-    Scheduler.process_batch_result      the pass before this one is sent, and now this one's pages may leave
+    Scheduler.process_disagg_prefill_inflight_queue
+                                        what was computed before this pass is sent, and now this one's pages may leave
 
 A route copies in order: pages of a pass that is yet to be computed must not go before those of the one before it are
-sent. So with SGLang's overlap, which begins a pass before it looks at the result of the last one, they wait for that.
+sent. So with SGLang's overlap, which begins a pass before it looks at the result of the last one, they wait for that,
+and for requests that were computed before decode had pages for them.
 Which pages they are is known to the GPU first; to ask it would be to wait for the pass before, so it is told to say
 (`SlotReader`), and by the time that the pages may leave it has.
 
@@ -34,7 +36,6 @@ class _Going:
 
     sender: Any
     slots: SlotsRead
-    all_pages: int
     fresh: int
     """How many of its pages the pass computes, the last ones."""
 
@@ -56,7 +57,7 @@ class LayerHooks:
         scheduler = "sglang.srt.managers.scheduler.Scheduler."
         attention = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend."
         HookRegistry.register(scheduler + "run_batch", self.run_batch, HookType.AROUND)
-        HookRegistry.register(scheduler + "process_batch_result", self.result_processed, HookType.AFTER)
+        HookRegistry.register(scheduler + "process_disagg_prefill_inflight_queue", self.others_sent, HookType.AFTER)
         HookRegistry.register(attention + "forward", self.attention, HookType.BEFORE)
 
     def run_batch(self, original: Any, scheduler: Any, batch: Any, *arguments: Any, **named: Any) -> Any:
@@ -69,18 +70,18 @@ class LayerHooks:
             return original(scheduler, batch, *arguments, **named)
         passes = manager.passes
         passes.begin(_stream_of(scheduler).cuda_stream)
-        if sum(one.all_pages for one in self._going) >= manager.layerwise_pages:
+        if sum(one.fresh for one in self._going) >= manager.layerwise_pages:
             self._passes = passes
         try:
             result = original(scheduler, batch, *arguments, **named)
         finally:
             self._passes = None
         self._computed = passes.end()
-        if not (scheduler.enable_overlap and scheduler.last_batch):
+        if not scheduler.enable_overlap:
             self._leave()
         return result
 
-    def result_processed(self, _nothing: None, _scheduler: Any, *_batch: Any, **_named: Any) -> None:
+    def others_sent(self, _done: Any, _scheduler: Any, *_arguments: Any, **_named: Any) -> None:
         self._leave()
 
     def attention(self, *arguments: Any, **named: Any) -> None:
@@ -109,7 +110,7 @@ class LayerHooks:
             pages = -(-end // page_tokens)
             slots = self._reader.read(table[request.req_pool_idx, :end], page_tokens)
             fresh = max(0, pages - request.extend_range.start // page_tokens)
-            going.append(_Going(sender, slots, pages, fresh))
+            going.append(_Going(sender, slots, fresh))
         return going
 
     def _leave(self) -> None:

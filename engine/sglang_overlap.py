@@ -44,12 +44,20 @@ class OverlapHooks:
         HookRegistry.register(cache + "insert", self.inserted, HookType.AFTER)
         HookRegistry.register(cache + "cache_unfinished_req", self.cached, HookType.AROUND)
 
-    def granted(self, scheduler: Any, batch: Any, _result: Any) -> None:
+    def granted(self, scheduler: Any, batch: Any, result: Any) -> None:
         """Finds the optimistic requests to which decode has granted pages while their last chunk was computed."""
-        for request in batch.reqs:
-            sender = request.disagg_kv_sender
-            optimistic = request.pending_bootstrap and request.inflight_middle_chunks <= 0
-            if optimistic and hasattr(sender, "slots_changed") and sender.poll() == KVPoll.WaitingForInput:
+        optimistic = [
+            request
+            for request in batch.reqs
+            if request.pending_bootstrap
+            and request.inflight_middle_chunks <= 0
+            and hasattr(request.disagg_kv_sender, "slots_changed")
+        ]
+        if optimistic and result.copy_done is not None:
+            # As SGLang does next: until then the grants still come.
+            result.copy_done.synchronize()
+        for request in optimistic:
+            if request.disagg_kv_sender.poll() == KVPoll.WaitingForInput:
                 scheduler.disagg_prefill_bootstrap_queue.finalize_bootstrap(request)
 
     def send(self, original: Any, scheduler: Any, request: Any, *arguments: Any, **named: Any) -> None:

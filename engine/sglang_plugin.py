@@ -180,18 +180,26 @@ class WorkerHooks:
             self._outbox.moved(lambda: _pools_of(scheduler))
 
     def aborted(self, original: Any, scheduler: Any, abort: Any) -> None:
-        """Also of a request that waits to be computed, and whose pages decode has granted, the room is let go.
+        """Also of a request that waits to be computed, or is being computed before decode has pages for it, the room is
+        let go.
 
-        SGLang 0.5.16 takes such a request out of its queue, and never asks its sender for anything again: decode would
-        keep its pages until the hand-off's deadline, and the sender its room for ever.
+        SGLang 0.5.16 takes the first out of its queue, and never asks its sender for anything again: decode would keep
+        its pages until the hand-off's deadline, and the sender its room for ever. The second it marks, and never looks
+        at the mark: it would keep its pages for a grant that does not come.
         """
         waiting = list(scheduler.waiting_queue)
         original(scheduler, abort)
-        if self._spec is not None and scheduler.disagg_prefill_bootstrap_queue is not None:
-            left = {id(request) for request in scheduler.waiting_queue}
-            for request in waiting:
-                if id(request) not in left:
-                    request.disagg_kv_sender.abort()
+        if self._spec is None or scheduler.disagg_prefill_bootstrap_queue is None:
+            return
+        left = {id(request) for request in scheduler.waiting_queue}
+        gone = [request for request in waiting if id(request) not in left]
+        for batch in (scheduler.running_batch, scheduler.last_batch):
+            for request in batch.reqs if batch else ():
+                # SGLang sees to one that has chunks to come.
+                if request.pending_bootstrap and request.to_finish and request is not scheduler.chunked_req:
+                    gone.append(request)
+        for request in gone:
+            request.disagg_kv_sender.abort()
 
     def stored(self, original: Any, cache: Any, node: Any, medium: str | None = None) -> None:
         if self._page_events is None:

@@ -39,7 +39,8 @@ class SlotReader:
 
     @cached_property
     def _stream(self) -> Any:
-        return torch.cuda.Stream()
+        # Not of the ordinary ones: torch has few of them, and gives the same one to several.
+        return torch.cuda.Stream(priority=-1)
 
     def aside(self) -> AbstractContextManager[None]:
         """In its block nothing waits for what the schedule's stream waits for: only for what is known to be written."""

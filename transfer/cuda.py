@@ -260,13 +260,12 @@ def _driver_held() -> ctypes.PyDLL:
 def _copy_batch() -> Any:
     """cuMemcpyBatchAsync as CUDA 13 has it, called without the interpreter: it takes long for many. None where the
     driver is older."""
-    cu = _driver()
-    address, _status = _check(cu, "cuGetProcAddress", cu.cuGetProcAddress(b"cuMemcpyBatchAsync", 13000, 0))
-    if not address:
+    error, *found = _driver().cuGetProcAddress(b"cuMemcpyBatchAsync", 13000, 0)
+    if int(error) != 0 or not found[0]:
         return None
     pointer, count = ctypes.c_void_p, ctypes.c_size_t
     many = (pointer, pointer, pointer, count, pointer, pointer, count, pointer)
-    return ctypes.CFUNCTYPE(ctypes.c_int, *many)(int(address))
+    return ctypes.CFUNCTYPE(ctypes.c_int, *many)(int(found[0]))
 
 
 @functools.cache

@@ -22,6 +22,7 @@ class Request:
         self.grammar = None
         self.return_logprob = self.return_hidden_states = False
         self.send_token_offset = 0
+        self.time_stats = SimpleNamespace(set_forward_entry_time=lambda: None)
         self.holds_back = holds_back
         self._ends = ends
         self._finished = False

@@ -61,7 +61,6 @@ class Run:
         self.scheduler = SimpleNamespace(
             disagg_prefill_bootstrap_queue=SimpleNamespace(kv_manager=self.manager),
             enable_overlap=True,
-            last_batch=None,
             forward_stream=SimpleNamespace(cuda_stream=STREAM),
             token_to_kv_pool_allocator=SimpleNamespace(page_size=PAGE),
             # Request 0 has the pages 10, 11, …; request 1 the pages 50, 51, ….
@@ -79,7 +78,8 @@ class Run:
         }
         return SimpleNamespace(**(fields | changes))
 
-    def batch(self, *requests: SimpleNamespace, extend: bool = True, fails: bool = False) -> Any:
+    def batch(self, *requests: SimpleNamespace, extend: bool = True, fails: bool = False, sent: bool = True) -> Any:
+        """sent: whether all that was computed before is, by then"""
         before = len(self.manager.computed)
 
         def original(scheduler: Any, _batch: Any) -> str:
@@ -92,7 +92,10 @@ class Run:
 
         mode = SimpleNamespace(is_extend=lambda: extend)
         batch = SimpleNamespace(forward_mode=mode, reqs=list(requests))
-        return self.hooks.run_batch(original, self.scheduler, batch)
+        result = self.hooks.run_batch(original, self.scheduler, batch)
+        if sent:
+            self.hooks.others_sent([], self.scheduler)
+        return result
 
 
 def test_a_whole_prompt_goes_ahead_with_its_last_page_and_each_layer_has_an_event() -> None:
@@ -138,12 +141,11 @@ def test_a_pass_that_begins_before_the_last_one_was_sent_waits_for_that() -> Non
     """A route copies in order: what was computed would wait behind what is not."""
     run, first, second = Run(), Sender(), Sender()
     run.batch(run.request(0, 0, 64, 64, first))
-    run.scheduler.last_batch = "the first one"
-    run.batch(run.request(1, 0, 64, 64, second))
+    run.batch(run.request(1, 0, 64, 64, second), sent=False)
     assert (len(first.went), len(second.went)) == (1, 0)
-    run.hooks.result_processed(None, run.scheduler, "the first one", "result")
+    run.hooks.others_sent([], run.scheduler)
     assert second.went == [([50, 51, 52, 53], 4)]
-    run.hooks.result_processed(None, run.scheduler, "the second one", "result")
+    run.hooks.others_sent([], run.scheduler)
     assert len(second.went) == 1
 
 

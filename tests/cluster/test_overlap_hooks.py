@@ -97,8 +97,11 @@ def test_a_request_that_was_granted_pages_meanwhile_is_sent_with_the_others(
     run.request.pending_bootstrap, run.request.inflight_middle_chunks = pending, chunks
     ready: list[Any] = []
     run.scheduler.disagg_prefill_bootstrap_queue = SimpleNamespace(finalize_bootstrap=ready.append)
-    run.hooks.granted(run.scheduler, SimpleNamespace(reqs=[run.request]), "result")
+    result = SimpleNamespace(copy_done=SimpleNamespace(synchronize=lambda: waited.append(True)))
+    waited: list[bool] = []
+    run.hooks.granted(run.scheduler, SimpleNamespace(reqs=[run.request]), result)
     assert (ready == [run.request]) is found
+    assert waited == [True] * (pending and not chunks), "a grant may come until the pass is over"
 
 
 def test_a_request_to_which_the_cache_gave_other_pages_waits_once() -> None:
