@@ -88,7 +88,8 @@ WARM_TWICE_TOKENS = 8192
 """Of cells with more, one round warms up: it takes seconds."""
 LARGE_REPEATS = 3
 """Of those too at most: what they add is told by fewer."""
-AHEAD = {"pass": "pass", "layers": "layers"}
+AHEAD = ("pass", "layers")
+"""Systems that are called as their `transfer.ahead` is."""
 WITH_TEXT = ("mono", "pass")
 COMPARED = (700, 3000, 8192, 12_000) * 3
 """Lengths of the prompts whose outputs are compared with mono's."""
@@ -170,7 +171,7 @@ def config(folder: Path, name: str, model: Path, flags: dict[str, Any]) -> Path:
         pool_tokens=POOL_TOKENS,
         flags=flags,
         both=int(name == "mono"),
-        ahead=AHEAD.get(name, "never"),
+        ahead=name if name in AHEAD else "never",
     )
 
 

@@ -150,7 +150,7 @@ async def measure(name: str, where: list[str | Pair], options: argparse.Namespac
         clients = [Client(opened, target, MODEL) for target in where]
         await run(clients, Load(2.0, 4.0, options.answer_tokens, seed=name))  # Compiles.
         for rate in rates:
-            load = Load(rate, options.seconds, options.answer_tokens, seed="measured " * (1 + SYSTEMS.index(name)))
+            load = Load(rate, options.seconds, options.answer_tokens, seed=f"measured {name}")
             found.append(row(name, load, await run(clients, load)))
             report.progress(f"  {name}, {rate:g} requests/s: {found[-1]['met']:.0%} met both")
             if found[-1]["met"] < MET / 2:

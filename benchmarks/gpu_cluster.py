@@ -34,7 +34,7 @@ def gpu_config(
     pool_tokens: int,
     flags: dict[str, Any],
     both: int = 0,
-    ahead: str = "pass",
+    ahead: str | None = None,
     layerwise_bytes: int | None = None,
 ) -> Path:
     """Writes the cluster file.
@@ -43,8 +43,8 @@ def gpu_config(
                  the same ones in every process
     pool_tokens  KV slots of each worker: SGLang would take what another worker of the same GPU has left
     flags        more of SGLang's flags
-    ahead, layerwise_bytes  as in the file's section `transfer`
     both         so many workers that do both, on a GPU each as far as there are any, in place of the pair
+    ahead, layerwise_bytes  as in the section `transfer`; None: what the file says, or the default
     """
     tree = yaml.safe_load(NVLINK.read_text())
     tree["model"] = {"path": str(model), "served_name": MODEL}
@@ -60,9 +60,8 @@ def gpu_config(
         ]
     for group in tree["workers"]:
         group["engine"]["base-gpu-id"] %= gpus
-    tree["transfer"]["ahead"] = ahead
-    if layerwise_bytes is not None:
-        tree["transfer"]["layerwise_bytes"] = layerwise_bytes
+    asked = {"ahead": ahead, "layerwise_bytes": layerwise_bytes}
+    tree["transfer"] |= {key: value for key, value in asked.items() if value is not None}
     with socket.socket() as placeholder:
         placeholder.bind(("127.0.0.1", 0))
         tree["router"]["port"] = placeholder.getsockname()[1]

@@ -64,7 +64,6 @@ class LayerHooks:
         manager = _manager_of(scheduler)
         if manager is None or not batch.forward_mode.is_extend():
             return original(scheduler, batch, *arguments, **named)
-        self._leave()  # The result of the pass before was never looked at.
         self._manager, self._going = manager, self._about_to_run(scheduler, batch)
         if not self._going:
             return original(scheduler, batch, *arguments, **named)

@@ -3,18 +3,18 @@
 It registers hooks and nothing else; they act only in a worker that Mainstem started
 (MAINSTEM_WORKER_SPEC is set), so having Mainstem installed changes no other SGLang.
 
-    transfer backend "mainstem"   -> engine.sglang_handoff
-    KV pools on a CPU             -> in memory that a peer can map
-    SIGTERM                       -> the worker ends at once, and says goodbye
-    radix tree's stores, removals -> engine.page_events -> engine.outbox -> agent
-    aborted while it waits        -> its room is let go, and decode is told
-    decode's own cached prefix    -> not counted as prefill that was saved, sound where the pool runs full
-    how far a forward pass is     -> engine.sglang_layers
+    transfer backend "mainstem"    -> engine.sglang_handoff
+    KV pools on a CPU              -> in memory that a peer can map
+    SIGTERM                        -> the worker ends at once, and says goodbye
+    radix tree's stores, removals  -> engine.page_events -> engine.outbox -> agent
+    aborted before it is sent      -> its room is let go, and decode is told
+    decode's own cached prefix     -> not counted as prefill that was saved, sound where the pool runs full
+    how far a forward pass is      -> engine.sglang_layers
     a pass while the next one runs -> engine.sglang_overlap
-    decode's first token          -> engine.sglang_first_token
-    one rank asks itself          -> engine.sglang_polls
-    nothing to compute            -> engine.sglang_idle
-    no CUDA                       -> engine.sglang_cpu
+    decode's first token           -> engine.sglang_first_token
+    one rank asks itself           -> engine.sglang_polls
+    nothing to compute             -> engine.sglang_idle
+    no CUDA                        -> engine.sglang_cpu
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.ways import mooncake_raw, nixl_raw
+from benchmarks.ways import mooncake_raw, nixl_raw, ucx_raw
+from benchmarks.ways.addresses import addresses
 from benchmarks.ways.cell import AUX, Order, choose, short
 from benchmarks.ways.ends import WAIT_S, DecodeEnd, HandOffFailed, PrefillEnd
 from benchmarks.ways.memory import WrongByte
@@ -37,13 +38,11 @@ from transfer.layout import PoolLayout
 from transfer.nvlink import BLOCKS, NvlinkTransport
 from transfer.plan import Pages
 
+NVLINK_WAYS = ("nvlink", "nvlink+16", "nvlink+32", "nvlink+132")
 WAYS = (
     "copy-engine",
     "copy-batch",
-    "nvlink",
-    "nvlink+16",
-    "nvlink+32",
-    "nvlink+132",
+    *NVLINK_WAYS,
     "product",
     "nixl",
     "nixl-raw",
@@ -58,7 +57,7 @@ MOST_ROWS = 1 << 16
 BUFFERS = 64
 """K and V of 32 layers: Llama-3.1-8B."""
 CHECKED_ROWS = 64
-_RAW_ENVIRONMENT = {"UCX_TLS": "cuda_ipc,cuda_copy,sm,tcp", "UCX_NET_DEVICES": "all", "NIXL_LOG_LEVEL": "WARN"}
+_RAW_ENVIRONMENT = {**ucx_raw.ENVIRONMENT, "NIXL_LOG_LEVEL": "WARN"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class GpuPrefillWays:
         match way:
             case "copy-engine" | "copy-batch":
                 return _CopyPrefill(self._device, memory, description, batch=way == "copy-batch")
-            case "nvlink" | "nvlink+16" | "nvlink+32" | "nvlink+132":
+            case _ if way in NVLINK_WAYS:
                 return _RoutePrefill(memory, description, int(way.partition("+")[2] or BLOCKS))
             case "product" | "nixl":
                 return ProductPrefill("nvlink" if way == "product" else "nixl", memory.pool, lanes, "VRAM")
@@ -161,7 +160,7 @@ def decode_end(way: str, memory: GpuMemory, lanes: int) -> DecodeEnd:
     match way:
         case "copy-engine" | "copy-batch":
             return _CopyDecode(memory)
-        case "nvlink" | "nvlink+16" | "nvlink+32" | "nvlink+132":
+        case _ if way in NVLINK_WAYS:
             return _LandingDecode(memory)
         case "product" | "nixl":
             return ProductDecode("nvlink" if way == "product" else "nixl", memory.pool, None, lanes, "VRAM")
@@ -208,10 +207,11 @@ class _CopyPrefill:
     def send(self, room: int, source: Pages, destination: Pages) -> float:
         began_s = time.monotonic()
         if self._batch:
-            sizes = np.array(self._memory.layout.page_bytes, np.uint64)[:, None]
-            mine, theirs = (np.array(one, np.uint64)[:, None] for one in (self._memory.pointers, self._there))
-            here, there = (mine + source.astype(np.uint64) * sizes, theirs + destination.astype(np.uint64) * sizes)
-            self._device.copy_many(self._stream, here, there, np.broadcast_to(sizes, here.shape))
+            page_bytes = self._memory.layout.page_bytes
+            here = addresses(self._memory.pointers, page_bytes, source)
+            there = addresses(self._there, page_bytes, destination)
+            sizes = np.repeat(np.array(page_bytes, np.uint64), len(source))
+            self._device.copy_many(self._stream, here, there, sizes)
         else:
             pointers = zip(self._memory.pointers, self._there, self._memory.layout.page_bytes, strict=True)
             self._device.copy(self._stream, [(here, there, len(source) * size) for here, there, size in pointers])
@@ -328,12 +328,9 @@ def _agent(memory: GpuMemory, *, peer: bool) -> tuple[Any, bytes]:
 
 def _rows(pointers: list[int], layout: PoolLayout, device: int) -> npt.NDArray[np.uint64]:
     """(address, bytes, device) of every page of every buffer, shape (buffers * pages, 3)."""
-    size = layout.page_bytes[0]
-    starts = np.array(pointers, np.uint64)[:, None] + np.arange(layout.pages, dtype=np.uint64)[None, :] * np.uint64(
-        size
-    )
+    starts = addresses(pointers, layout.page_bytes, np.arange(layout.pages, dtype=np.int32))
     rows = np.empty((starts.size, 3), np.uint64)
-    rows[:, 0], rows[:, 1], rows[:, 2] = starts.ravel(), size, device
+    rows[:, 0], rows[:, 1], rows[:, 2] = starts.ravel(), np.repeat(layout.page_bytes, layout.pages), device
     return rows
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ways import nixl_raw
+from benchmarks.ways.addresses import addresses
 from benchmarks.ways.ends import HandOffFailed
 from benchmarks.ways.told import tell, wait_until_told
 from transfer.gpu_memory import GpuMemory
@@ -49,7 +50,6 @@ class MooncakePrefill:
     def __init__(self, memory: GpuMemory, decode: Described) -> None:
         self._memory = memory
         self._decode = decode
-        self._there = np.array(decode.pointers, np.uint64)
         self._ring = RingWriter(decode.ring)
         self._engine = _engine(memory)
 
@@ -58,10 +58,10 @@ class MooncakePrefill:
 
     def send(self, room: int, source: Pages, destination: Pages) -> float:
         began_s = time.monotonic()
-        sizes = np.array(self._memory.layout.page_bytes, np.uint64)[:, None]
-        here = np.array(self._memory.pointers, np.uint64)[:, None] + source.astype(np.uint64)[None, :] * sizes
-        there = self._there[:, None] + destination.astype(np.uint64)[None, :] * sizes
-        lengths = np.repeat(sizes, len(source))
+        page_bytes = self._memory.layout.page_bytes
+        here = addresses(self._memory.pointers, page_bytes, source)
+        there = addresses(self._decode.pointers, page_bytes, destination)
+        lengths = np.repeat(page_bytes, len(source))
         answer = self._engine.batch_transfer_sync_write(
             self._decode.name, here.ravel().tolist(), there.ravel().tolist(), lengths.tolist()
         )

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.ways import nixl_raw
+from benchmarks.ways.addresses import addresses
 from benchmarks.ways.ends import WAIT_S, HandOffFailed
 from benchmarks.ways.told import tell, wait_until_told
 from transfer.landed_ring import RingAddress, RingReader, RingWriter
@@ -128,7 +129,7 @@ class UcxPrefill:
     def __init__(self, buffers: Buffers, decode: Described, *, listed: bool) -> None:
         self._buffers = buffers
         self._listed = listed
-        self._there = np.array(decode.pointers, np.uint64)
+        self._there = decode.pointers
         self._ring = RingWriter(decode.ring)
         self._worker = _Worker(buffers)
         self._endpoint = self._worker.connect(decode.worker)
@@ -139,9 +140,8 @@ class UcxPrefill:
 
     def send(self, room: int, source: Pages, destination: Pages) -> float:
         began_s = time.monotonic()
-        sizes = np.array(self._buffers.page_bytes, np.uint64)[:, None]
-        here = np.array(self._buffers.pointers, np.uint64)[:, None] + source.astype(np.uint64)[None, :] * sizes
-        there = self._there[:, None] + destination.astype(np.uint64)[None, :] * sizes
+        here = addresses(self._buffers.pointers, self._buffers.page_bytes, source)
+        there = addresses(self._there, self._buffers.page_bytes, destination)
         requests = self._put_list(here, there) if self._listed else self._put_each(here, there)
         self._worker.flush()
         tell(self._ring)
