@@ -35,6 +35,7 @@ from benchmarks import report
 from benchmarks.bench_cluster import changed_config, run_main, running, scheduler_of
 from benchmarks.client import Answer, ask, complete
 from benchmarks.legs import Pair, direct
+from benchmarks.probes import probed
 from benchmarks.tick_probe import FILE_VARIABLE, RECORD
 from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
@@ -91,12 +92,8 @@ def main() -> None:
 
 def _probed(tree: dict[str, Any], folder: Path) -> None:
     """The probe in every worker, and room for 64 requests on decode."""
-    package = folder / "mainstem_ticks-0.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: mainstem-ticks\nVersion: 0\n")
-    (package / "entry_points.txt").write_text("[sglang.srt.plugins]\nticks = benchmarks.tick_probe:register\n")
     tree["name"] = "scheduler-tick"
-    tree["environment"]["PYTHONPATH"] = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+    tree["environment"] |= probed(folder, "ticks", "benchmarks.tick_probe:register")
     tree["environment"][FILE_VARIABLE] = str(folder / "ticks")
     tree["engine"] |= {"max-total-tokens": 49152, "max-running-requests": 2 * BUSY}
     for group in tree["workers"]:

@@ -27,17 +27,18 @@ HOST = "127.0.0.1"
 BOOT_S = 300.0
 STOP_S = 10.0
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0", "SGLANG_PLUGINS": "none"}
-"""As our workers have it, and without our plug-in."""
+"""As our workers have it, and without our plug-in: `SGLANG_PLUGINS` names those that are loaded."""
 
 
 @contextmanager
 def sglang_pair(cluster_file: Path) -> Iterator[Pair]:
     """Both, ready; their logs beside the file. Raises LaunchFailed.
 
-    cluster_file  of gpu_config: the same model and the same flags for every worker; what it says of one role is ours
+    cluster_file  of gpu_config: the same model, environment, flags for every worker; what it says of one role is ours
     """
     tree = yaml.safe_load(cluster_file.read_text())
     ports = free_ports(3)
+    environment = {**os.environ, **ENVIRONMENT, **tree.get("environment", {})}
     with ExitStack() as up:
         processes = {}
         for number, (role, port) in enumerate(zip(("prefill", "decode"), ports[:2], strict=True)):
@@ -54,9 +55,7 @@ def sglang_pair(cluster_file: Path) -> Iterator[Pair]:
             }
             log = up.enter_context((cluster_file.parent / f"sglang-{role}.log").open("w"))
             command = [sys.executable, "-m", "sglang.launch_server", *arguments(flags)]
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT}, start_new_session=True
-            )
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
             up.callback(_stop, process)
             processes[role] = process
         began_s = time.monotonic()

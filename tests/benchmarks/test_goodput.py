@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.decode_itl import phases, within
+from benchmarks.decode_itl import Phase, phases, within
 from benchmarks.goodput import GROUPS, PREFIX_TOKENS, QUESTION_TOKENS, Load, met, row
 from benchmarks.streams import Stream, percentile
 
@@ -49,11 +49,14 @@ def test_gaps_belong_to_the_phase_in_which_both_tokens_came() -> None:
     one = stream(1.0, 0.5, 0.5, 0.5)  # Tokens at 11.0, 11.5, 12.0 and 12.5.
     assert within([one], 11.4, 12.1) == [0.5]
     assert within([one], 0, 99) == [0.5] * 3
-    told = phases(
-        {"quiet": [0.01] * 99 + [0.02], "handed over to": [0.01] * 98 + [0.03] * 2},
-        {"quiet": [], "handed over to": [one]},
-    )
-    assert [(one["itl_p99_ms"], one["p99_ratio"], one["handoffs"]) for one in told] == [(20.0, 1.0, 0), (30.0, 1.5, 1)]
+    quiet = Phase([0.01] * 99 + [0.02], [{"gap_ms": 10.0}] * 3)
+    disturbed = Phase([0.01] * 98 + [0.03] * 2, [{"gap_ms": 10.0}, {"gap_ms": 15.0}], [one])
+    told = phases({"quiet": quiet, "handed over to": disturbed})
+    assert [(row["itl_p99_ms"], row["p99_ratio"], row["handoffs"]) for row in told.values()] == [
+        (20.0, 1.0, 0),
+        (30.0, 1.5, 1),
+    ]
+    assert [(row["step_p99_ms"], row["step_p99_ratio"]) for row in told.values()] == [(10.0, 1.0), (15.0, 1.5)]
 
 
 def test_percentiles_are_of_the_nearest_rank() -> None:
