@@ -35,7 +35,6 @@ def gpu_config(
     flags: dict[str, Any],
     both: int = 0,
     ahead: str | None = None,
-    layerwise_bytes: int | None = None,
 ) -> Path:
     """Writes the cluster file.
 
@@ -44,7 +43,7 @@ def gpu_config(
     pool_tokens  KV slots of each worker: SGLang would take what another worker of the same GPU has left
     flags        more of SGLang's flags
     both         so many workers that do both, on a GPU each as far as there are any, in place of the pair
-    ahead, layerwise_bytes  as in the section `transfer`; None: what the file says, or the default
+    ahead        as in the section `transfer`; None: what the file says, or the default
     """
     tree = yaml.safe_load(NVLINK.read_text())
     tree["model"] = {"path": str(model), "served_name": MODEL}
@@ -60,8 +59,8 @@ def gpu_config(
         ]
     for group in tree["workers"]:
         group["engine"]["base-gpu-id"] %= gpus
-    asked = {"ahead": ahead, "layerwise_bytes": layerwise_bytes}
-    tree["transfer"] |= {key: value for key, value in asked.items() if value is not None}
+    if ahead is not None:
+        tree["transfer"]["ahead"] = ahead
     with socket.socket() as placeholder:
         placeholder.bind(("127.0.0.1", 0))
         tree["router"]["port"] = placeholder.getsockname()[1]

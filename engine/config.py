@@ -93,11 +93,9 @@ class TransferSection(BaseModel):
     trusted_devices: tuple[Device, ...] = ()
     """Network devices that only trusted machines reach. nixl uses no others, but for loopback."""
     ahead: Literal["never", "pass", "layers"] = "never"
-    """When nvlink writes pages: never before SGLang sends them, or when the GPU has computed their forward pass, or
-    each layer of it. The last two spare a first token the time in which the CPU looks at the pass."""
-    layerwise_bytes: Annotated[int, Field(ge=1, strict=True)] = 256 << 20
-    """With `ahead: layers`, a forward pass with less than this goes as with `ahead: pass`: it is over the link in no
-    time."""
+    """When nvlink writes pages: never before SGLang sends them; or when the GPU has computed their forward pass, which
+    spares a first token the time in which the CPU looks at the pass; or most of their layers while the pass's last ones
+    are computed, which also hides the copying."""
     timeout_s: Seconds = 60.0
     """A hand-off that has not ended this long after its pages were granted fails."""
     silence_s: Annotated[float, Field(ge=1)] = 2.5

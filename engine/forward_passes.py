@@ -1,68 +1,89 @@
-"""When the layers of one process's forward passes are computed, as events of its GPU (transfer/computed.py)."""
+"""When one process's forward passes are computed, as events of its GPU (transfer/computed.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transfer.computed import Computed
 
 PASSES = 4
 """Sets of events, taken in turn: a pass may begin while the pages of the one before it wait to leave."""
+LAST_SHARE = 16
+"""One in so many layers, and one at least, is computed while the pages of those before it leave."""
+
+
+def nearly_all(layers: int) -> int:
+    """How many layers leave before the last ones are computed.
+
+    Not each when it is computed: a link that is kept busy all the time slows down what is computed (measured, see
+    transfer/README.md), and in the time of the last layers all the others are over it.
+    """
+    return layers - max(1, layers // LAST_SHARE)
+
+
+@dataclass(frozen=True)
+class Events:
+    """Of one pass, as `Computed` has them."""
+
+    before: Any
+    nearly: Any
+    done: Any
 
 
 class ForwardPasses:
-    """Records when the layers of one process's forward passes are computed. For the scheduler's thread.
+    """Records how far one process's forward passes are. For the scheduler's thread.
 
-    sets     events, one for each layer; as many sets as are taken in turn
+    layers   of the pool, which a pass fills one after the other
+    sets     events, taken in turn
     record   puts an event into a stream
     current  the stream into which the calling thread puts its work
     """
 
     def __init__(
-        self, sets: Sequence[Sequence[Any]], record: Callable[[Any, Any], None], current: Callable[[], Any]
+        self, layers: int, sets: Sequence[Events], record: Callable[[Any, Any], None], current: Callable[[], Any]
     ) -> None:
+        self._layers = layers
+        self._nearly = nearly_all(layers)
         self._sets = sets
         self._record = record
         self._current = current
         self._number = 0
         self._stream: Any = None
-        self._done: list[Any] = []
-        """The events of this pass's first layers."""
         self._layer = -1
         """The last one that was reached."""
         self._in_order = True
 
     def begin(self, stream: Any) -> None:
         """All of this pass is put into this stream."""
-        self._stream, self._done = stream, []
-        self._layer, self._in_order = -1, True
+        self._stream, self._layer, self._in_order = stream, -1, True
         self._number += 1
+        self._record(self._events.before, stream)
 
     def reaches(self, layer: int) -> None:
         """The layers before this one are in the pool once the calling thread's stream comes here.
 
-        Only where they come one after the other, the first one first. From a layer on that is left out, put into
-        another stream or comes once more after a later one, nothing is known of a layer before the pass is over.
+        Only where they come one after the other, the first one first. Where one is left out, put into another stream or
+        comes once more after a later one, nothing is known of a layer before the pass is over.
         """
         if layer == self._layer or not self._in_order:
             return
         self._in_order = layer == self._layer + 1 and self._current() == self._stream
-        events = self._events
-        if not self._in_order or not layer < len(events):
+        if not self._in_order or not layer < self._layers:
             return
         self._layer = layer
-        if layer:
-            self._record(events[layer - 1], self._stream)
-            self._done.append(events[layer - 1])
+        if layer and layer == self._nearly:
+            self._record(self._events.nearly, self._stream)
 
     def end(self) -> Computed:
         """All of it has been put into its stream."""
         events = self._events
-        done = self._done if self._in_order else []
-        self._record(events[-1], self._stream)
-        return Computed((*done, *[events[-1]] * (len(events) - len(done))))
+        self._record(events.done, self._stream)
+        if not self._in_order or not 0 < self._nearly <= self._layer:
+            return Computed(events.before, events.done)
+        return Computed(events.before, events.done, events.nearly, self._nearly)
 
     @property
-    def _events(self) -> Sequence[Any]:
+    def _events(self) -> Events:
         return self._sets[self._number % len(self._sets)]

@@ -9,7 +9,6 @@ and its sockets are not used: decode connects to prefill's hand-off port itself.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from sglang.srt.disaggregation.base.conn import (
 )
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
-from engine.forward_passes import PASSES, ForwardPasses
+from engine.forward_passes import PASSES, Events, ForwardPasses
 from engine.sglang_layers import layers_of, why_whole
 from engine.spec import WorkerSpec
 from transfer.auth import ClusterKey
@@ -160,9 +159,8 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         layers = None if decodes else _layers(spec, pool, server_args, is_mla=bool(is_mla_backend))
         self.passes = None if layers is None else _passes(pool, len(layers))
         """Of a prefill worker whose pages may leave before they are sent."""
-        by_layers = spec.ahead == "layers"
-        self.layerwise_pages = -(-spec.layerwise_bytes // self.bytes_per_page) if by_layers else math.inf
-        """Where a pass has so many pages to send. With fewer they leave together once it is computed."""
+        self.by_layers = spec.ahead == "layers"
+        """Whether most of their layers leave while the last ones are computed."""
         transports = make(
             spec.transports,
             pool,
@@ -198,7 +196,7 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
             self.sender.listen(spec.host, spec.handoff_port)
 
     def ahead(self, going: Sequence[Going], computed: Computed) -> None:
-        """These pages may leave as soon as their layers are computed."""
+        """These pages may leave as soon as they are computed."""
         assert self.sender is not None, "only a prefill worker has passes"
         self.sender.ahead(going, computed)
 
@@ -416,8 +414,8 @@ def _passes(pool: Pool, layers: int) -> ForwardPasses:
     from transfer.cuda import Device
 
     device = Device.of(pool.buffers[0].ctypes.data)
-    sets = [[device.event() for _ in range(layers)] for _ in range(PASSES)]
-    return ForwardPasses(sets, device.record, lambda: torch.cuda.current_stream().cuda_stream)
+    sets = [Events(device.event(), device.event(), device.event()) for _ in range(PASSES)]
+    return ForwardPasses(layers, sets, device.record, lambda: torch.cuda.current_stream().cuda_stream)
 
 
 def _pools(args: KVArgs, server_args: Any) -> tuple[Pool, Pool]:

@@ -2,7 +2,7 @@
 
     Scheduler.run_batch                 a pass begins: which pages its requests have when it is over;
                                         at its end its stream has all of it
-    AttentionBackend.forward, layer n   where layers leave one by one: those before n are in the pool,
+    AttentionBackend.forward, layer n   where layers leave before the pass is over: those before n are in the pool,
                                         as far as the stream is concerned
     Scheduler.process_disagg_prefill_inflight_queue
                                         what was computed before this pass is sent, and now this one's pages may leave
@@ -46,12 +46,12 @@ class LayerHooks:
     def __init__(self, reader: SlotReader) -> None:
         self._reader = reader
         self._passes: ForwardPasses | None = None
-        """Of the process, while one of them runs whose layers leave one by one."""
+        """Of the process, while one of them runs whose layers leave before it is over."""
         self._manager: Any = None
         self._going: list[_Going] = []
         """Of the pass that runs, or was put into its stream last."""
         self._computed: Computed | None = None
-        """When that one's layers are, where its pages are still to leave."""
+        """When that one is, where its pages are still to leave."""
 
     def register(self) -> None:
         scheduler = "sglang.srt.managers.scheduler.Scheduler."
@@ -69,7 +69,7 @@ class LayerHooks:
             return original(scheduler, batch, *arguments, **named)
         passes = manager.passes
         passes.begin(_stream_of(scheduler).cuda_stream)
-        if sum(one.fresh for one in self._going) >= manager.layerwise_pages:
+        if manager.by_layers:
             self._passes = passes
         try:
             result = original(scheduler, batch, *arguments, **named)

@@ -58,9 +58,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     nixl_devices: tuple[str, ...] = ("lo",)
     """Network devices that NIXL may use, as UCX names them: whoever reaches one can write this worker's memory."""
     ahead: Literal["never", "pass", "layers"] = "never"
-    """When nvlink writes pages: when SGLang sends them, or when their forward pass is computed, or each layer of it."""
-    layerwise_bytes: int = 256 << 20
-    """From how much in a forward pass layer by layer; less goes when the pass is computed."""
+    """When nvlink writes pages: when SGLang sends them, or when their forward pass is computed, or most of their layers
+    while its last ones are."""
     renew_s: float = 1.0
     """Time between two registrations."""
     audit_s: float = 5.0

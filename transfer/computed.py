@@ -1,4 +1,4 @@
-"""When each layer of a forward pass is in the pool: events that the computing stream has recorded.
+"""When a forward pass's layers are in the pool: events that the computing stream has recorded.
 
 Recorded, all of them, before a stream that copies is told to wait. One that waits for what nobody has put into a stream
 yet can stop the whole GPU: streams share a few queues (SGLang asks for 8), and loading a kernel waits for every stream.
@@ -12,13 +12,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Computed:
-    """One forward pass, all of which has been put into its stream."""
+    """One forward pass, all of which has been put into its stream. The events are CUDA's.
 
-    events: tuple[Any, ...]
-    """CUDA's, one for each layer in their order: it and those before it are in the pool. A later pass may record the
-    same events again: who waits then waits for that, which is longer than needed and never too short."""
+    A later pass may record the same events again: who waits then waits for that, which is longer than needed and never
+    too short.
+    """
 
-    @property
-    def together(self) -> bool:
-        """Whether nothing is known of a layer before all of them are computed."""
-        return self.events[0] is self.events[-1]
+    before: Any
+    """All that the passes before it computed is in the pool."""
+    done: Any
+    """All that it computes is."""
+    nearly: Any = None
+    """Its first `layers` layers are; None where nothing is known of a layer before all of them are computed."""
+    layers: int = 0

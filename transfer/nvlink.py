@@ -1,8 +1,8 @@
 """Pages between two GPUs of one host: prefill's GPU writes into decode's pool, which it has mapped. One kernel a write.
 
     write         prefill   one launch for all buffers; page indices travel with it as arguments, nothing waits for it
-    write_ahead   prefill   held by its stream until they have been computed: one launch for all layers, or the copy
-                            engines for each, or a few
+    write_ahead   prefill   held by its stream until they have been computed: one launch for all layers, or one for
+                            most of them and one for the last
     confirm       prefill   a launch that copies nothing: it says that those are there
     landed        decode    reads the records that the kernel leaves in host memory once its pages are in place
     settled       prefill   its stream is empty, so that it can say that it stopped
@@ -37,7 +37,7 @@ from transfer.cuda import CudaFailed, Device
 from transfer.landed_ring import SIZE_BYTES, NoRing, RingAddress, RingReader, RingWriter
 from transfer.layout import PoolLayout
 from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
-from transfer.plan import Pages, check_lengths, check_range, run_ends
+from transfer.plan import Pages, check_lengths, check_range
 from transfer.pool import Pool
 from transfer.transport import Ahead, Lanes, RouteLost, Unreachable, Wire
 from transfer.undecodable import UNDECODABLE
@@ -52,15 +52,7 @@ PIECE_BYTES = 4096
 """What a warp copies at a time (copy_pages.cu)."""
 VECTOR_BYTES = 16
 BLOCKS = 64
-"""Multiprocessors that a write takes which somebody waits for."""
-AHEAD_BLOCKS = 16
-"""One that nobody waits for, from the pass that is computed meanwhile."""
-LAUNCH_BYTES = 8 << 20
-"""What one launch of a write ahead should copy at least: it takes the courier about as long as the link."""
-ENGINE_BYTES = 64 << 10
-"""Of a page of one buffer, from which on the GPU's copy engines write ahead instead of its multiprocessors. They take
-about two microseconds for each, and nothing from what is computed; large matrix products wait for a multiprocessor that
-is taken."""
+"""Multiprocessors that a write takes."""
 WATCH_S = 1e-3
 """Between two looks at whether all that was begun is done."""
 SPIN_S = 0.2e-3
@@ -98,8 +90,8 @@ Layers = tuple[tuple[int, ...], ...]
 
 
 class NvlinkTransport:
-    """blocks  multiprocessors that a write takes at most which somebody waits for
-    layers  given where pages shall leave while later layers are computed
+    """blocks  multiprocessors that a write takes at most
+    layers  given where pages shall leave while they are still computed
 
     The pool lies on one GPU. Raises Unreachable where it lies elsewhere, or its memory cannot be shared.
     """
@@ -286,32 +278,23 @@ class NvlinkRoute:
         self._check_pages(source, destination)
         self._check()
         self._hold()
-        early = len(source) - fresh
+        early, rows = len(source) - fresh, self._job.table.layers(computed.layers)
         try:
-            if computed.together:
-                self._device.wait(self._job.stream, computed.events[-1])
-                self._copy(source, destination, self._job.all, self._job.blocks)
-                return
-            if early:
-                self._device.wait(self._job.stream, computed.events[0])
-                self._copy(source[:early], destination[:early], self._job.all, AHEAD_BLOCKS)
-            groups = self._job.table.groups(fresh, LAUNCH_BYTES) if fresh else []
-            for layers, buffers in groups:
-                self._device.wait(self._job.stream, computed.events[layers - 1])
-                # What comes last is waited for, and nothing is computed any more.
-                if layers == len(computed.events) or not self._job.by_engines(
-                    source[early:], destination[early:], buffers
-                ):
-                    self._copy(source[early:], destination[early:], buffers, self._job.blocks)
+            self._copy_after(computed.before, source[:early], destination[:early], self._job.all)
+            self._copy_after(computed.nearly, source[early:], destination[early:], self._job.all[:rows])
+            self._copy_after(computed.done, source[early:], destination[early:], self._job.all[rows:])
         except CudaFailed as error:
             raise self._failed(error) from error
         finally:
             self._watch_soon()
 
-    def _copy(self, source: Pages, destination: Pages, buffers: range, blocks: int) -> None:
+    def _copy_after(self, event: Any, source: Pages, destination: Pages, rows: range) -> None:
+        if not len(source) or not rows:
+            return
+        self._device.wait(self._job.stream, event)
         for start in range(0, len(source), MOST_PAGES[-1]):
             end = start + MOST_PAGES[-1]
-            self._job.copy(source[start:end], destination[start:end], buffers, blocks)
+            self._job.copy(source[start:end], destination[start:end], rows)
 
     async def confirm(self, tag: int, pages: int) -> None:
         nothing = np.empty(0, np.int32)
@@ -424,17 +407,9 @@ class _Table:
         rows = [(here[buffer], there[buffer], layout.page_bytes[buffer]) for buffer in order]
         return cls(np.array(rows, np.uint64), tuple(ends))
 
-    def groups(self, pages: int, launch_bytes: int) -> list[tuple[int, range]]:
-        """Layers that are copied together, so that a launch has this much to do: how many there are up to the last of
-        them, and their rows."""
-        found: list[tuple[int, range]] = []
-        start = 0
-        for number, end in enumerate(self.ends, start=1):
-            enough = pages * int(self.rows[start:end, 2].sum()) >= launch_bytes
-            if enough or number == len(self.ends):
-                found.append((number, range(start, end)))
-                start = end
-        return found
+    def layers(self, count: int) -> int:
+        """How many rows the first layers have."""
+        return self.ends[count - 1] if count else 0
 
 
 class _Copy:
@@ -448,8 +423,7 @@ class _Copy:
         self.table = table
         self._device = device
         self._kernels = kernels
-        self.blocks = blocks
-        """That a write takes at most which somebody waits for."""
+        self._blocks = blocks
         self.stream = device.stream()
         undo.callback(device.destroy_stream, self.stream)
         self._ring_pointer = device.map_host(ring.pointer, SIZE_BYTES)
@@ -485,30 +459,14 @@ class _Copy:
         sequence, offset = self.ring.next()
         self._record[0], self._tag[0] = self._ring_pointer + offset, tag
         self._told_pages[0], self._sequence[0] = pages, sequence
-        self._launch(source, destination, self.all, self.blocks)
+        self._launch(source, destination, self.all)
 
-    def copy(self, source: Pages, destination: Pages, buffers: range, blocks: int) -> None:
+    def copy(self, source: Pages, destination: Pages, buffers: range) -> None:
         """At most MOST_PAGES[-1] pages of these rows of the table, and nobody is told. Raises CudaFailed."""
         self._record[0] = 0
-        self._launch(source, destination, buffers, blocks)
+        self._launch(source, destination, buffers)
 
-    def by_engines(self, source: Pages, destination: Pages, buffers: range) -> bool:
-        """The same by the copy engines, neighbours at once. False where they are not for it. Raises CudaFailed."""
-        rows = self.table.rows[buffers.start : buffers.stop]
-        if int(rows[:, 2].min()) < ENGINE_BYTES or not self._device.copies_many:
-            return False
-        here, there, page_bytes = rows.T[:, :, None]
-        ends = np.array(run_ends(source, destination))
-        starts = np.concatenate(([0], ends[:-1]))
-        self._device.copy_many(
-            self.stream,
-            here + source[starts].astype(np.uint64) * page_bytes,
-            there + destination[starts].astype(np.uint64) * page_bytes,
-            (ends - starts).astype(np.uint64) * page_bytes,
-        )
-        return True
-
-    def _launch(self, source: Pages, destination: Pages, buffers: range, most_blocks: int) -> None:
+    def _launch(self, source: Pages, destination: Pages, buffers: range) -> None:
         count = len(source)
         size = next(number for number, most in enumerate(MOST_PAGES) if count <= most)
         pages, most = self._pages[size], MOST_PAGES[size]
@@ -518,7 +476,7 @@ class _Copy:
         self._start[0] = self._memory + VECTOR_BYTES + buffers.start * self.table.rows.strides[0]
         self._buffers[0] = len(buffers)
         warps = count * len(buffers) * self._pieces
-        blocks = max(1, min(most_blocks, -(-warps // WARPS)))
+        blocks = max(1, min(self._blocks, -(-warps // WARPS)))
         self._device.launch(self._kernels[size], blocks, THREADS, self.stream, self._arguments[size])
 
     def close(self) -> None:

@@ -209,7 +209,7 @@ class Sender:
         Whoever calls this sends the same pages later. One that is another by then is written again: the cache may have
         found that it held the same tokens already. Those that have left already are left out.
 
-        computed  when each layer of the pass is
+        computed  when the pass's layers are
         """
         with self._lock:
             parts: dict[_Peer, list[_PartAhead]] = {}

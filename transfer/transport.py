@@ -103,12 +103,12 @@ class Ahead(Protocol):
     """What a route can do besides, if its pool's layers are known to it: pages leave while they are still computed."""
 
     async def write_ahead(self, source: Pages, destination: Pages, fresh: int, computed: Computed) -> None:
-        """Writes pages of this side's pool, each layer as soon as it has been computed. Returns at once.
+        """Writes pages of this side's pool, layers as soon as they are known to be computed. Returns at once.
 
         source       indices into this side's pool
         destination  indices into the peer's pool, as many
         fresh        so many of them, the last ones, are computed by this pass; those before it are when it begins
-        computed     when each layer of the pass is
+        computed     when the pass's layers are
 
         Nobody is told that they are there. Raises RouteLost.
         """

@@ -107,7 +107,6 @@ def make_plan(config: ClusterConfig, model: ServedModel, folders: Folders, picke
         silence_s=config.transfer.silence_s,
         tcp_lanes=config.transfer.tcp_lanes,
         ahead=config.transfer.ahead,
-        layerwise_bytes=config.transfer.layerwise_bytes,
         nixl_devices=config.transfer.nixl_devices,
         renew_s=config.transfer.renew_s,
         audit_s=config.transfer.audit_s,

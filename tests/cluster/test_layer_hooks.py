@@ -32,9 +32,9 @@ class Sender:
 
 
 class Manager:
-    def __init__(self, passes: Any, layerwise_pages: int) -> None:
+    def __init__(self, passes: Any, *, by_layers: bool) -> None:
         self.passes = passes
-        self.layerwise_pages = layerwise_pages
+        self.by_layers = by_layers
         self.computed: list[Any] = []
 
     def ahead(self, going: list[Any], computed: Any) -> None:
@@ -46,18 +46,21 @@ class Manager:
 class Run:
     """A scheduler that runs one batch with the hooks around it."""
 
-    def __init__(self, layers: int = 3, *, counts: bool = True, layerwise_pages: int = 0) -> None:
-        from engine.forward_passes import ForwardPasses
+    def __init__(self, layers: int = 3, *, counts: bool = True, by_layers: bool = True) -> None:
+        from engine.forward_passes import Events, ForwardPasses
         from engine.sglang_layers import LayerHooks
         from engine.sglang_slots import SlotReader
 
-        self.recorded: list[int] = []
+        self.recorded: list[str] = []
         self.hooks = LayerHooks(SlotReader())
         self.layers = layers
         passes = ForwardPasses(
-            [list(range(layers))], lambda event, _stream: self.recorded.append(event), lambda: STREAM
+            layers,
+            [Events("before", "nearly", "done")],
+            lambda event, _stream: self.recorded.append(event),
+            lambda: STREAM,
         )
-        self.manager = Manager(passes if counts else None, layerwise_pages)
+        self.manager = Manager(passes if counts else None, by_layers=by_layers)
         self.scheduler = SimpleNamespace(
             disagg_prefill_bootstrap_queue=SimpleNamespace(kv_manager=self.manager),
             enable_overlap=True,
@@ -98,12 +101,13 @@ class Run:
         return result
 
 
-def test_a_whole_prompt_goes_ahead_with_its_last_page_and_each_layer_has_an_event() -> None:
+def test_a_whole_prompt_goes_ahead_with_its_last_page_and_most_layers_before_the_last() -> None:
     run, sender = Run(), Sender()
     assert run.batch(run.request(0, 0, 100, 100, sender)) == "result"
     assert sender.went == [(list(range(10, 17)), 7)]
     [computed] = run.manager.computed
-    assert computed.events == (0, 1, 2)
+    assert (computed.before, computed.nearly, computed.layers, computed.done) == ("before", "nearly", 2, "done")
+    assert run.recorded == ["before", "nearly", "done"]
 
 
 def test_of_a_chunk_the_page_that_it_does_not_fill_stays_and_the_next_one_brings_it() -> None:
@@ -127,14 +131,11 @@ def test_two_requests_of_a_batch_leave_together() -> None:
     assert (one.went, two.went) == ([([10, 11, 12, 13], 4)], [([50, 51, 52, 53], 3)])
 
 
-def test_layers_leave_one_by_one_where_a_pass_has_enough_pages_and_else_together() -> None:
-    run, one, two = Run(layerwise_pages=7), Sender(), Sender()
-    run.batch(run.request(0, 0, 64, 64, one))
-    assert (one.went, run.recorded) == ([([10, 11, 12, 13], 4)], [2])
-    assert run.manager.computed[0].together
-    run.batch(run.request(0, 0, 64, 64, one), run.request(1, 0, 48, 48, two))
-    assert run.recorded == [2, 0, 1, 2]
-    assert not run.manager.computed[1].together
+def test_a_pass_leaves_at_its_end_where_that_is_asked_for() -> None:
+    run, sender = Run(by_layers=False), Sender()
+    run.batch(run.request(0, 0, 64, 64, sender))
+    assert (sender.went, run.recorded) == ([([10, 11, 12, 13], 4)], ["before", "done"])
+    assert run.manager.computed[0].nearly is None
 
 
 def test_a_pass_that_begins_before_the_last_one_was_sent_waits_for_that() -> None:

@@ -41,7 +41,6 @@ SURE = 0.1
 WAYS = {"alone": "never", "whole": "never", "pass": "pass", "layers": "layers"}
 """Systems, and when their pages leave."""
 PAIRS = tuple(name for name in WAYS if name != "alone")
-LAYERWISE_BYTES = 1 << 20
 
 
 def config(folder: Path, name: str) -> Path:
@@ -54,7 +53,6 @@ def config(folder: Path, name: str) -> Path:
         flags=flags,
         both=int(name == "alone"),
         ahead=WAYS[name],
-        layerwise_bytes=LAYERWISE_BYTES,
     )
 
 

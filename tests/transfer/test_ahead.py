@@ -19,7 +19,7 @@ from transfer.sender import Going
 from transfer.session import ReceiverState, SenderState
 
 ROOM = 7
-NOW = Computed(())
+NOW = Computed(before=None, done=None)
 
 
 @pytest.fixture

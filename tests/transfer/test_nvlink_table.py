@@ -1,4 +1,4 @@
-"""Which layers leave together: pure, and the same on every machine."""
+"""Which buffers the first layers have: pure, and the same on every machine."""
 
 from __future__ import annotations
 
@@ -18,25 +18,23 @@ def table(page_bytes: tuple[int, ...], layers: tuple[tuple[int, ...], ...] | Non
 def test_without_layers_everything_is_one() -> None:
     one = table((16, 32, 48), None)
     assert one.rows.tolist() == [[0, 7, 16], [1000, 1007, 32], [2000, 2007, 48]]
-    assert one.groups(1, 1 << 60) == one.groups(1, 0) == [(1, range(3))]
+    assert (one.layers(0), one.layers(1)) == (0, 3)
 
 
 def test_buffers_of_a_layer_lie_beside_each_other_and_those_of_none_come_last() -> None:
     one = table((16,) * 5, ((0, 3), (1, 4)))
     assert (one.rows[:, 0] // 1000).tolist() == [0, 3, 1, 4, 2]
-    assert one.groups(1, 0) == [(1, range(2)), (2, range(2, 5))]
+    assert [one.layers(count) for count in range(3)] == [0, 2, 5]
 
 
-@given(st.integers(1, 40), st.integers(1, 3), st.integers(0, 3), st.integers(1, 300), st.integers(0, 1 << 20))
-def test_every_buffer_leaves_once_not_before_its_layer_and_in_launches_that_are_worth_it(
-    layers: int, a_layer: int, others: int, pages: int, launch_bytes: int
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(0, 3), st.data())
+def test_the_first_layers_have_their_buffers_and_no_others(
+    layers: int, a_layer: int, others: int, data: st.DataObject
 ) -> None:
     buffers = tuple(tuple(number * layers + layer for number in range(a_layer)) for layer in range(layers))
     one = table((64,) * (layers * a_layer + others), buffers)
-    groups = one.groups(pages, launch_bytes)
-    assert [row for _, rows in groups for row in rows] == list(range(len(one.rows)))
-    computed_in = {buffer: layer for layer, of_it in enumerate(buffers, start=1) for buffer in of_it}
-    for until, rows in groups:
-        assert all(computed_in.get(int(one.rows[row, 0]) // 1000, layers) <= until for row in rows)
-    assert all(len(rows) * 64 * pages >= launch_bytes for _, rows in groups[:-1])
-    assert groups[-1][0] == layers
+    assert sorted(one.rows[:, 0].tolist()) == [1000 * number for number in range(layers * a_layer + others)]
+    count = data.draw(st.integers(0, layers), "layers computed")
+    leaving = {int(row) // 1000 for row in one.rows[: one.layers(count), 0]}
+    computed = {buffer for layer in buffers[:count] for buffer in layer}
+    assert leaving == computed if count < layers else leaving >= computed
