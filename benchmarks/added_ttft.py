@@ -1,9 +1,9 @@
 """TTFT that disaggregation adds on GPUs: a prefill and a decode worker beside one SGLang that does both.
 
 The same flags, the same run, prompts as token ids on every side, each prompt new. `mono` asks the one worker; `direct`
-sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `pass` is a pair
-whose pages leave when the GPU has computed their forward pass, `layers` one whose layers leave one by one, `whole` one
-whose pages leave when SGLang sends them; `nixl` is SGLang's own pair, without any of us.
+sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `whole` is
+a pair whose pages leave when SGLang sends them, `pass` one whose pages leave when the GPU has computed their forward
+pass, `layers` one most of whose layers leave while the last ones are computed; `nixl` is SGLang's own pair, without any of us.
 "8 x" is eight requests at once: the median is over all of them. "fragmented": after many requests of all lengths, so
 that pages lie anywhere. "text": the prompt is text, about a token a word, which workers and router tokenize.
 By the router also where the time went: in the router until it sent the request on (with text: rendering, tokenizing),
@@ -90,7 +90,7 @@ LARGE_REPEATS = 3
 """Of those too at most: what they add is told by fewer."""
 AHEAD = ("pass", "layers")
 """Systems that are called as their `transfer.ahead` is."""
-WITH_TEXT = ("mono", "pass")
+WITH_TEXT = ("mono", "layers")
 COMPARED = (700, 3000, 8192, 12_000) * 3
 """Lengths of the prompts whose outputs are compared with mono's."""
 COMPARED_TOKENS = 16
@@ -107,8 +107,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7, help="of every cell (default 7)")
     parser.add_argument(
         "--clusters",
-        default="mono,pass,layers,nixl",
-        help="what is up at the same time, and what after it: as memory allows (default: mono,pass,layers,nixl)",
+        default="mono,whole,layers,nixl",
+        help="what is up at the same time, and what after it: as memory allows (default: mono,whole,layers,nixl)",
     )
     parser.add_argument("--keep", type=Path, help="a folder in which logs stay, and rows.json so far")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
 """What it costs a forward pass that its pages leave meanwhile, and what is left to wait for when it is over.
 
 No SGLang: the matrix products and the attention of a model of Llama-3.1-8B's dimensions, on random numbers, 8,192
-tokens in one pass, layer after layer. Its pages, 128 at random in each of 64 buffers, go to the other GPU by the product's own
-transport `nvlink`, or by the copy engines.
+tokens in one pass, layer after layer. Its pages, 128 at random in each of 64 buffers, go to the other GPU by the
+product's own transport `nvlink`, or by the copy engines.
 
     nothing           the pass alone
     pass              all pages when it is over
