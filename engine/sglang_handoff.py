@@ -29,6 +29,7 @@ from sglang.srt.disaggregation.base.conn import (
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from engine.forward_passes import PASSES, Events, ForwardPasses
+from engine.sglang_landing import EventMark
 from engine.sglang_layers import layers_of, why_whole
 from engine.spec import WorkerSpec
 from transfer.auth import ClusterKey
@@ -37,6 +38,7 @@ from transfer.computed import Computed
 from transfer.deadlines import Deadlines
 from transfer.ended import Ended
 from transfer.layout import PoolLayout
+from transfer.mark import Mark
 from transfer.memory import Memory
 from transfer.pool import Pool, SharedArena
 from transfer.receiver import Receiver
@@ -149,6 +151,8 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         self.epoch = epoch
         self.bell = Bell()
         """Rung when a hand-off has come to another state: the scheduler may sleep until then."""
+        self.stale_step: Mark | None = None
+        """The end of a step that may still write into pages that are free (engine.sglang_landing)."""
         self.sender: Sender | None = None
         self.receiver: Receiver | None = None
         pool, self._aux = _pools(args, server_args)
@@ -272,7 +276,7 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
         aux = self._manager.aux_row(self._aux_index) if last else None
         # SGLang leaves an event here with pages that an earlier pass may still be computing, and nowhere else.
         event = self.__dict__.pop("_early_send_wait_event", None)
-        self._sender.send(self._room, kv_indices, aux, None if event is None else _EventMark(event))
+        self._sender.send(self._room, kv_indices, aux, None if event is None else EventMark(event))
 
     def goes_ahead(self) -> bool:
         """Whether pages may leave before they are sent, now or once decode has granted some."""
@@ -316,6 +320,7 @@ class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]
 
     def __init__(self, mgr: MainstemKVManager, bootstrap_addr: str, bootstrap_room: int | None = None) -> None:
         assert mgr.receiver is not None, "a receiver needs a decode worker's manager"
+        self._manager = mgr
         assert bootstrap_room is not None, "SGLang refuses a request without a room before it comes here"
         self._receiver = mgr.receiver
         self._room = bootstrap_room
@@ -349,7 +354,8 @@ class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]
     ) -> None:
         assert aux_index is not None, "SGLang gives every request a metadata row"
         if not self._refused:
-            self._receiver.grant(self._room, kv_indices, aux_index, decode_prefix_len or 0)
+            after = self._manager.stale_step
+            self._receiver.grant(self._room, kv_indices, aux_index, decode_prefix_len or 0, after)
 
     def poll(self) -> int:
         return FAILED if self._refused else _RECEIVER_POLL[self._receiver.state(self._room)._value_]
@@ -366,16 +372,6 @@ class MainstemKVReceiver(BaseKVReceiver):  # type: ignore[misc]
             self._receiver.fail(self._room, "request aborted")
         else:
             self._refused = self._refused or "request aborted"
-
-
-@dataclass(frozen=True)
-class _EventMark:
-    """An event of torch's on the stream that computes (transfer.sender.Mark)."""
-
-    event: Any
-
-    def reached(self) -> bool:
-        return bool(self.event.query())
 
 
 class NoBootstrapServer(BaseKVBootstrapServer):  # type: ignore[misc]

@@ -13,6 +13,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     a pass while the next one runs -> engine.sglang_overlap
     decode's first token           -> engine.sglang_first_token
     one rank asks itself           -> engine.sglang_polls
+    a step behind freed pages      -> engine.sglang_landing
     nothing to compute             -> engine.sglang_idle
     no CUDA                        -> engine.sglang_cpu
 """
@@ -36,6 +37,7 @@ from engine.outbox import Outbox
 from engine.page_events import PageEvents
 from engine.sglang_first_token import FirstTokenHooks
 from engine.sglang_idle import IdleHook
+from engine.sglang_landing import LandingHook
 from engine.sglang_layers import LayerHooks
 from engine.sglang_overlap import OverlapHooks
 from engine.sglang_slots import SlotReader
@@ -70,6 +72,7 @@ def register() -> None:
     LayerHooks(reader).register()
     OverlapHooks(reader).register()
     FirstTokenHooks().register()
+    LandingHook().register()
     IdleHook().register()
     sglang_token_ids.register()
     sglang_polls.apply()

@@ -32,6 +32,7 @@ from transfer.deadlines import Deadlines
 from transfer.ended import Ended
 from transfer.exchange import exchange
 from transfer.handshake import Identity, introduce, offer, open_lane
+from transfer.mark import Mark, until
 from transfer.plan import Pages, check_range
 from transfer.pool import Pool
 from transfer.session import TERMINAL, Act, Event, IllegalEvent, ReceiverState, next_receiver
@@ -163,12 +164,13 @@ class Receiver:
         self._courier.call(self._attach, room)
         return True
 
-    def grant(self, room: int, pages: Pages, aux_row: int, prefix_tokens: int) -> None:
+    def grant(self, room: int, pages: Pages, aux_row: int, prefix_tokens: int, after: Mark | None = None) -> None:
         """The request's pages shall land here.
 
         pages          indices into this worker's pool, in the order of the prompt
         aux_row        row of the auxiliary buffers
         prefix_tokens  tokens at the prompt's start that are here already; `pages` begin after them
+        after          nothing may land in them before this has been reached; None: it may now
 
         Does nothing for a room that has failed meanwhile: its state says so. Raises ValueError for a page that is none.
         """
@@ -181,10 +183,10 @@ class Receiver:
             incoming.pages, incoming.aux_row, incoming.prefix_tokens = pages, aux_row, prefix_tokens
             incoming.granted_s = self._clock()
             incoming.deadline_s = incoming.granted_s + self._deadlines.handoff_s
-            try:
-                self._step(room, incoming, Event.GRANTED)
-            except IllegalEvent as error:
-                self._fail(room, incoming, str(error))
+            if after is None or after.reached():
+                self._granted(room, incoming)
+            else:
+                self._courier.call(lambda: self._courier.spawn(self._grant_after(after, room, incoming)))
 
     def fail(self, room: int, reason: str) -> None:
         """This side gives the room up. Its pages may be used again once the state is FAILED, not before."""
@@ -424,6 +426,21 @@ class Receiver:
         incoming.rows, incoming.writing_s, incoming.ahead_pages = last.rows, last.writing_s, last.ahead_pages
         incoming.last_s, incoming.computing_s = self._clock(), last.computing_s
         self._step(room, incoming, Event.LAST)
+
+    async def _grant_after(self, mark: Mark, room: int, incoming: _Incoming) -> None:
+        """Until then the room is what it was: one that fails meanwhile has named no page to anybody."""
+        await until(mark)
+        with self._lock:
+            if self._rooms.get(room) is incoming and incoming.state not in TERMINAL:
+                incoming.granted_s = self._clock()
+                self._granted(room, incoming)
+
+    def _granted(self, room: int, incoming: _Incoming) -> None:
+        """Under the lock."""
+        try:
+            self._step(room, incoming, Event.GRANTED)
+        except IllegalEvent as error:
+            self._fail(room, incoming, str(error))
 
     def _expect(self, peer: _Peer, room: int, pages: Pages, prefix_tokens: int) -> None:
         peer.landing.expect(room, pages)

@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -35,6 +34,7 @@ from transfer.deadlines import Deadlines
 from transfer.exchange import exchange
 from transfer.handshake import Identity, admit, reach
 from transfer.lanes import ParkedLanes
+from transfer.mark import POLL_S, Mark
 from transfer.plan import Pages, check_range
 from transfer.pool import Pool
 from transfer.session import TERMINAL, Act, Event, IllegalEvent, SenderState, next_sender
@@ -45,16 +45,7 @@ log = logging.getLogger(__name__)
 ACCEPT_AGAIN_S = 0.1
 MAX_STRANGERS = 64
 """Connections that have not proved yet that they hold the cluster's key. One more costs the oldest its place."""
-COMPUTED_POLL_S = 0.5e-3
-"""Between two looks at whether pages that were sent early are computed."""
 _NOT_AHEAD = -1
-
-
-class Mark(Protocol):
-    """A point in what the GPU computes."""
-
-    def reached(self) -> bool:
-        """From any thread. Once True, always."""
 
 
 @dataclass(frozen=True)
@@ -491,7 +482,7 @@ class Sender:
     async def _write_chunk(self, peer: _Peer, write: _Write) -> None:
         outgoing = self._rooms.get(write.room)
         while outgoing is not None and outgoing.state not in TERMINAL and write.after and not write.after.reached():
-            await asyncio.sleep(COMPUTED_POLL_S)
+            await asyncio.sleep(POLL_S)
         if outgoing is None or outgoing.state in TERMINAL:
             return
         chunk: list[handoff.Message] = [handoff.Chunk(write.room, len(write.source))] if len(write.source) else []

@@ -151,6 +151,43 @@ def pages(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     return np.array(numbers, np.int32)
 
 
+class Step:
+    """A step on a GPU, that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def reached(self) -> bool:
+        return self.over
+
+
+def test_no_page_is_named_to_prefill_before_what_may_write_there_is_over(pair: Pair) -> None:
+    step = Step()
+    pair.open(7)
+    pair.sender.offer(7)
+    pair.receiver.grant(7, pages(40), 1, 0, step)
+    time.sleep(0.05)
+    assert (pair.receiver.state(7), pair.sender.state(7)) == (ReceiverState.READY, SenderState.OFFERED)
+    step.over = True
+    eventually(lambda: pair.sender.state(7) is SenderState.GRANTED)
+    pair.sender.send(7, pages(5), AUX)
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.DONE)
+    assert pair.landed([5], [40])
+
+
+def test_a_room_that_fails_before_its_pages_were_named_waits_for_nobody(pair: Pair) -> None:
+    step = Step()
+    pair.open(7)
+    pair.sender.offer(7)
+    pair.receiver.grant(7, pages(40), 1, 0, step)
+    pair.receiver.fail(7, "gave up")
+    assert pair.receiver.state(7) is ReceiverState.FAILED
+    eventually(lambda: pair.sender.state(7) is SenderState.FAILED)
+    step.over = True
+    time.sleep(0.02)
+    assert pair.receiver.state(7) is ReceiverState.FAILED
+
+
 def test_chunks_land_where_decode_said_and_success_is_its_acknowledgement(pair: Pair) -> None:
     pair.begin(7, [40, 41, 3, 9, 10], prefix_tokens=32)
     assert pair.sender.prefix_tokens(7) == 32
