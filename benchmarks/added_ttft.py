@@ -9,7 +9,7 @@ of us.
 that pages lie anywhere. "text": the prompt is text, about a token a word, which workers and router tokenize.
 By the router also where the time went: in the router until it sent the request on (with text: rendering, tokenizing),
 until decode had found pages, until prefill had computed them, and handing them over.
-Below the table: where the time went inside the workers, by SGLang's own clock.
+All ways are asked in turn. Below the table: where the time went inside the workers, by SGLang's own clock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ POOL_TOKENS = 70_000
 MAX_TOKENS = 4
 CHURN = 150
 """Requests before a pool counts as fragmented."""
+CHURN_AT_ONCE = 4
 Text = str | list[int]
 Ask = Callable[[Text], Answer]
 
@@ -127,15 +128,12 @@ def main() -> int:
         for names in (group.split(",") for group in options.clusters.split()):
             files = {name: config(folder / name, name, options.model.resolve(), flags) for name in names}
             with all_running(files) as systems:
-                for name, system in systems.items():
-                    for way, ask in ways(system, name).items():
-                        url = system.url if isinstance(system, Cluster) and way.endswith("router") else None
-                        cells = [cell for cell in CELLS if name in WITH_TEXT or not cell.text]
-                        measure(way, cells, ask, options.repeats, times, url, handoffs)
-                        # For whoever has less time than this takes.
-                        (folder / "rows.json").write_text(json.dumps(rows(times, handoffs), indent=1))
-                    if isinstance(system, Cluster):
-                        ahead[name] = ahead_pages(system)
+                ways = [way for name, system in systems.items() for way in ways_of(name, system)]
+                for cell in CELLS:
+                    measure(cell, ways, options.repeats, times, handoffs)
+                    # For whoever has less time than this takes.
+                    (folder / "rows.json").write_text(json.dumps(rows(times, handoffs), indent=1))
+                ahead |= {name: ahead_pages(system) for name, system in systems.items() if isinstance(system, Cluster)}
                 same |= same_outputs(systems)
             for name in names:
                 inside[name] = inside_workers(folder / name)
@@ -183,20 +181,43 @@ def inside_workers(folder: Path) -> dict[int, Any]:
     return {cell.tokens: medians_ms(stats, cell.tokens) for cell in CELLS}
 
 
-def ways(system: System, name: str, max_tokens: int = MAX_TOKENS) -> dict[str, Ask]:
+@dataclass
+class Way:
+    """One way to ask one system."""
+
+    name: str
+    ask: Ask
+    takes_text: bool
+    url: str | None = None
+    """The router's, which tells of its requests' hand-offs; None where it was not asked."""
+    chooser: random.Random = field(default_factory=random.Random)
+    """Of prompts, others for each way: a cached one would be another measurement."""
+    churned: bool = False
+
+    def __post_init__(self) -> None:
+        self.chooser.seed(self.name)
+
+
+def ways_of(name: str, system: System, max_tokens: int = MAX_TOKENS) -> list[Way]:
+    text = name in WITH_TEXT
     if isinstance(system, Pair):
-        return {f"{name}, direct": lambda prompt: direct(system, MODEL, prompt, max_tokens)}
+        return [Way(f"{name}, direct", lambda prompt: direct(system, MODEL, prompt, max_tokens), text)]
     cluster, model = system, system.plan.router.model
     by_role = {worker.role: worker for worker in cluster.plan.workers}
     if name == "mono":
         worker = by_role["both"]
         url = f"http://{worker.host}:{worker.port}"
-        return {"mono": lambda prompt: complete(url, model, prompt, max_tokens, ignore_eos=True)}
+        return [Way("mono", lambda prompt: complete(url, model, prompt, max_tokens, ignore_eos=True), text)]
     pair = Pair.of(by_role["prefill"], by_role["decode"])
-    return {
-        f"{name}, direct": lambda prompt: direct(pair, model, prompt, max_tokens),
-        f"{name}, router": lambda prompt: complete(cluster.url, model, prompt, max_tokens, ignore_eos=True),
-    }
+    return [
+        Way(f"{name}, direct", lambda prompt: direct(pair, model, prompt, max_tokens), text),
+        Way(
+            f"{name}, router",
+            lambda prompt: complete(cluster.url, model, prompt, max_tokens, ignore_eos=True),
+            text,
+            cluster.url,
+        ),
+    ]
 
 
 def same_outputs(systems: dict[str, System]) -> dict[str, str]:
@@ -207,8 +228,8 @@ def same_outputs(systems: dict[str, System]) -> dict[str, str]:
     prompts = [chooser.choices(VOCABULARY, k=length) for length in COMPARED]
     found: dict[str, list[str]] = {}
     for name, system in systems.items():
-        *_, ask = ways(system, name, COMPARED_TOKENS).values()
-        found[name] = [ask(prompt).text for prompt in prompts]
+        way = ways_of(name, system, COMPARED_TOKENS)[-1]
+        found[name] = [way.ask(prompt).text for prompt in prompts]
     return {
         name: f"{sum(map(str.__eq__, texts, found['mono']))} of {len(prompts)}, {len(set(texts))} different"
         for name, texts in found.items()
@@ -216,38 +237,36 @@ def same_outputs(systems: dict[str, System]) -> dict[str, str]:
     }
 
 
-def measure(
-    way: str, cells: list[Cell], ask: Ask, repeats: int, times: Times, url: str | None, handoffs: Handoffs
-) -> None:
-    """The cells of one way, their first requests unmeasured. Raises SystemExit where one fails.
-
-    url       the router's, where it is to be asked for what it was told of these requests' hand-offs
-    """
-    # Another seed for each way: a cached prompt would be another measurement.
-    chooser = random.Random(way)
-    with ThreadPoolExecutor(max(cell.at_once for cell in CELLS)) as threads:
-
-        def once(cell: Cell) -> list[float]:
-            answers = list(threads.map(ask, [cell.prompt(chooser) for _ in range(cell.at_once)]))
-            for answer in answers:
-                if answer.first_s is None or answer.error:
-                    raise SystemExit(f"added_ttft: {way}: wanted a token, found {answer.status} {answer.error}")
-            return [answer.first_s for answer in answers if answer.first_s is not None]
-
-        churned = False
-        for cell in cells:
-            if cell.fragmented and not churned:
-                churned = True
-                for _ in range(CHURN // 4):
-                    once(Cell(chooser.randint(64, 2500), 4))
-            small = cell.tokens * cell.at_once <= WARM_TWICE_TOKENS
+def measure(cell: Cell, ways: list[Way], repeats: int, times: Times, handoffs: Handoffs) -> None:
+    """One cell of all ways in turn, so that what a machine does meanwhile is done to all of them; their first requests
+    unmeasured. Raises SystemExit where one fails."""
+    small = cell.tokens * cell.at_once <= WARM_TWICE_TOKENS
+    taking = [way for way in ways if way.takes_text or not cell.text]
+    with ThreadPoolExecutor(max(cell.at_once, CHURN_AT_ONCE)) as threads:
+        for way in taking:
+            if cell.fragmented and not way.churned:
+                way.churned = True
+                for _ in range(CHURN // CHURN_AT_ONCE):
+                    once(way, Cell(way.chooser.randint(64, 2500), CHURN_AT_ONCE), threads)
             for _ in range(2 if small else 1):
-                once(cell)
-            measured = [once(cell) for _ in range(repeats if small else min(repeats, LARGE_REPEATS))]
-            times[way, cell] = list(itertools.chain(*measured))
-            if url is not None:
-                handoffs[way, cell] = spans_of_newest(url, len(times[way, cell]))
-            report.progress(f"  {way}, {cell} tokens: {1e3 * statistics.median(times[way, cell]):.1f} ms")
+                once(way, cell, threads)
+            times[way.name, cell] = []
+        for _ in range(repeats if small else min(repeats, LARGE_REPEATS)):
+            for way in taking:
+                times[way.name, cell] += once(way, cell, threads)
+    for way in taking:
+        if way.url is not None:
+            handoffs[way.name, cell] = spans_of_newest(way.url, len(times[way.name, cell]))
+        report.progress(f"  {way.name}, {cell} tokens: {1e3 * statistics.median(times[way.name, cell]):.1f} ms")
+
+
+def once(way: Way, cell: Cell, threads: ThreadPoolExecutor) -> list[float]:
+    """Seconds until the first token of each of a cell's requests. Raises SystemExit."""
+    answers = list(threads.map(way.ask, [cell.prompt(way.chooser) for _ in range(cell.at_once)]))
+    for answer in answers:
+        if answer.first_s is None or answer.error:
+            raise SystemExit(f"added_ttft: {way.name}: wanted a token, found {answer.status} {answer.error}")
+    return [answer.first_s for answer in answers if answer.first_s is not None]
 
 
 def spans_of_newest(url: str, count: int) -> dict[str, float]:
