@@ -92,7 +92,7 @@ class TransferSection(BaseModel):
     """Network devices that nixl uses, as UCX names them: eth0, or mlx5_0:1 for a port of an RDMA card."""
     trusted_devices: tuple[Device, ...] = ()
     """Network devices that only trusted machines reach. nixl uses no others, but for loopback."""
-    ahead: Literal["never", "pass", "layers"] = "never"
+    ahead: Literal["never", "pass", "layers"] = "layers"
     """When nvlink writes pages: never before SGLang sends them; or when the GPU has computed their forward pass, which
     spares a first token the time in which the CPU looks at the pass; or most of their layers while the pass's last ones
     are computed, which also hides the copying."""

@@ -57,7 +57,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Connections to each peer over which tcp moves pages."""
     nixl_devices: tuple[str, ...] = ("lo",)
     """Network devices that NIXL may use, as UCX names them: whoever reaches one can write this worker's memory."""
-    ahead: Literal["never", "pass", "layers"] = "never"
+    ahead: Literal["never", "pass", "layers"] = "layers"
     """When nvlink writes pages: when SGLang sends them, or when their forward pass is computed, or most of their layers
     while its last ones are."""
     renew_s: float = 1.0
