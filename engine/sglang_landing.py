@@ -36,7 +36,7 @@ class LandingHook:
     def about_to_grant(self, queue: Any, *_arguments: Any, **_named: Any) -> None:
         manager = queue.kv_manager
         if hasattr(manager, "stale_step"):
-            manager.stale_step = stale_step(queue.scheduler)
+            manager.stale_step = stale_step(queue.scheduler) if queue.queue else None
 
 
 def stale_step(scheduler: Any) -> EventMark | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Protocol
 
 POLL_S = 0.5e-3
@@ -14,9 +13,3 @@ class Mark(Protocol):
 
     def reached(self) -> bool:
         """From any thread. Once True, always."""
-
-
-async def until(mark: Mark) -> None:
-    """Returns once it is reached. Whoever waits has a deadline of its own."""
-    while not mark.reached():
-        await asyncio.sleep(POLL_S)

@@ -32,7 +32,7 @@ from transfer.deadlines import Deadlines
 from transfer.ended import Ended
 from transfer.exchange import exchange
 from transfer.handshake import Identity, introduce, offer, open_lane
-from transfer.mark import Mark, until
+from transfer.mark import POLL_S, Mark
 from transfer.plan import Pages, check_range
 from transfer.pool import Pool
 from transfer.session import TERMINAL, Act, Event, IllegalEvent, ReceiverState, next_receiver
@@ -429,7 +429,10 @@ class Receiver:
 
     async def _grant_after(self, mark: Mark, room: int, incoming: _Incoming) -> None:
         """Until then the room is what it was: one that fails meanwhile has named no page to anybody."""
-        await until(mark)
+        while not mark.reached():
+            if incoming.state in TERMINAL:
+                return
+            await asyncio.sleep(POLL_S)
         with self._lock:
             if self._rooms.get(room) is incoming and incoming.state not in TERMINAL:
                 incoming.granted_s = self._clock()

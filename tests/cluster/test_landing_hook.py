@@ -41,7 +41,7 @@ def queue(*requests: SimpleNamespace, idle: bool = False, overlap: bool = True, 
         last_batch=None if idle else SimpleNamespace(reqs=list(requests)),
         forward_stream=STREAM,
     )
-    return SimpleNamespace(kv_manager=SimpleNamespace(stale_step=None), scheduler=scheduler)
+    return SimpleNamespace(kv_manager=SimpleNamespace(stale_step=None), scheduler=scheduler, queue=["waits"])
 
 
 def asked(one: Any) -> Any:
@@ -60,12 +60,15 @@ def test_pages_wait_for_a_step_that_computes_who_has_none_any_more(how: str) -> 
 
 def test_they_wait_for_no_other() -> None:
     gone = request(finished=True)
+    nobody = queue(gone)
+    nobody.queue.clear()
     for one in (
         queue(request(), request()),
         queue(idle=True),
         queue(gone, overlap=False),
         # Its computing is over when the scheduler goes on.
         queue(gone, device="cpu"),
+        nobody,
     ):
         one.kv_manager.stale_step = "of the tick before"
         assert asked(one) is None
