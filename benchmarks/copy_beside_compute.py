@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main
 from benchmarks.gpu_cluster import gpu_count
+from benchmarks.ways.addresses import addresses
 from transfer.computed import Computed
 from transfer.cuda import Device
 from transfer.gpu_memory import GpuMemory
@@ -41,7 +42,6 @@ HEADS, KV_HEADS, HEAD = 32, 8, 128
 PAGE_BYTES = PAGE_TOKENS * KV_HEADS * HEAD * 2
 POOL_PAGES = 400
 LASTS = (1, 2, 4)
-EACH, ENGINES = "each", "each, by engines"
 COLUMNS = ("pages leave", "pass ms", "more than alone", "all ms", "more than alone")
 
 
@@ -80,7 +80,6 @@ class Pass:
 
         # Has torch open the way to the other GPU's memory, for all of this process.
         torch.zeros(1, device=f"cuda:{device.number}").to(f"cuda:{other}")
-
         self._torch = torch
         self._device = device
         self._stream = torch.cuda.Stream()
@@ -157,15 +156,16 @@ async def measure(repeats: int) -> dict[str, list[tuple[float, float]]]:
             await one.write_ahead(source, target, len(source), Computed(forward.before, reached))
 
     async def each_by_engines(source: Pages, target: Pages) -> None:
+        page_bytes = (PAGE_BYTES,) * len(mine)
+        from_rows, to_rows = addresses(mine, page_bytes, source), addresses(theirs, page_bytes, target)
         sizes = np.full(len(source), PAGE_BYTES, np.uint64)
-        here_at, there_at = (pages.astype(np.uint64) * sizes for pages in (source, target))
         for of_it, reached in zip(buffers, forward.reached, strict=True):
             here.wait(engines, reached)
             for one in of_it:
-                here.copy_many(engines, here_at + np.uint64(mine[one]), there_at + np.uint64(theirs[one]), sizes)
+                here.copy_many(engines, from_rows[one], to_rows[one], sizes)
 
     ways: dict[str, Leave] = {"nothing": nothing, "pass": together}
-    ways |= {f"last {count}": last(count) for count in LASTS} | {EACH: each, ENGINES: each_by_engines}
+    ways |= {f"last {count}": last(count) for count in LASTS} | {"each": each, "each, by engines": each_by_engines}
     times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     chooser = np.random.default_rng(1)
     for number in range(2 + repeats):

@@ -109,19 +109,16 @@ def main() -> int:
 
 def cluster_file(folder: Path, name: str, options: argparse.Namespace) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    file = gpu_config(
+    environment = probed(folder, PROBE, "benchmarks.step_probe:register") | {FILE_VARIABLE: str(folder / PROBE)}
+    if name == NIXL:
+        environment["SGLANG_PLUGINS"] = PROBE
+    return gpu_config(
         folder / "cluster.yaml",
         options.model.resolve(),
         pool_tokens=POOL_TOKENS,
         flags={"context-length": 16384, "cuda-graph-max-bs": RUNNING + 8, **options.flags},
+        environment=environment,
     )
-    tree = yaml.safe_load(file.read_text())
-    tree["environment"] = probed(folder, PROBE, "benchmarks.step_probe:register")
-    tree["environment"][FILE_VARIABLE] = str(folder / PROBE)
-    if name == NIXL:
-        tree["environment"]["SGLANG_PLUGINS"] = PROBE
-    file.write_text(yaml.safe_dump(tree))
-    return file
 
 
 @dataclass

@@ -6,7 +6,9 @@ With one GPU all workers share it: memory is mapped the same way, but no link is
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -35,6 +37,7 @@ def gpu_config(
     flags: dict[str, Any],
     both: int = 0,
     ahead: str | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Writes the cluster file.
 
@@ -44,6 +47,7 @@ def gpu_config(
     flags        more of SGLang's flags
     both         so many workers that do both, on a GPU each as far as there are any, in place of the pair
     ahead        as in the section `transfer`; None: what the file says, or the default
+    environment  more variables of every worker's
     """
     tree = yaml.safe_load(NVLINK.read_text())
     tree["model"] = {"path": str(model), "served_name": MODEL}
@@ -61,6 +65,7 @@ def gpu_config(
         group["engine"]["base-gpu-id"] %= gpus
     if ahead is not None:
         tree["transfer"]["ahead"] = ahead
+    tree["environment"] = {**tree.get("environment", {}), **environment}
     with socket.socket() as placeholder:
         placeholder.bind(("127.0.0.1", 0))
         tree["router"]["port"] = placeholder.getsockname()[1]

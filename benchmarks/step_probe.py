@@ -71,7 +71,7 @@ class Probe:
 
 
 Step = dict[str, float]
-"""Of one step: `at_s`, `requests`, `gap_ms` since the step before, and milliseconds by part."""
+"""Of one step: `requests`, `gap_ms` since the step before, and milliseconds by part."""
 
 
 def steps(files: Sequence[Path], from_s: float, until_s: float, least_requests: int) -> list[Step]:
@@ -82,7 +82,7 @@ def steps(files: Sequence[Path], from_s: float, until_s: float, least_requests: 
         for at_s, requests, *taken_us in _records(file):
             if before_s is not None and from_s <= before_s and at_s <= until_s and requests >= least_requests:
                 parts = {part: taken / 1e3 for part, taken in zip(PARTS, taken_us, strict=True)}
-                found.append({"at_s": at_s, "requests": requests, "gap_ms": 1e3 * (at_s - before_s), **parts})
+                found.append({"requests": requests, "gap_ms": 1e3 * (at_s - before_s), **parts})
             before_s = at_s
     return found
 

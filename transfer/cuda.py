@@ -114,9 +114,10 @@ class Device:
         sizes_bytes: npt.NDArray[np.uint64],
     ) -> None:
         """Addresses and sizes, of one shape: by the copy engines, which leave the multiprocessors to what is computed.
+        For benchmarks.
 
         All go to the driver in one call, without the interpreter: it takes about a microsecond for each. Raises
-        CudaFailed where the driver has no such call: see `copies_many`.
+        CudaFailed where the driver has no such call.
         """
         batch = _copy_batch()
         if batch is None:
@@ -126,10 +127,6 @@ class Device:
         pointers = [many.ctypes.data for many in addresses]
         error = batch(*pointers, count, self._beside.getPtr(), ctypes.byref(first), 1, int(stream))
         self._check_held("cuMemcpyBatchAsync", error)
-
-    @property
-    def copies_many(self) -> bool:
-        return _copy_batch() is not None
 
     @functools.cached_property
     def _beside(self) -> Any:

@@ -26,17 +26,12 @@ class Run(NamedTuple):
 
 def runs(source: Pages, destination: Pages) -> list[Run]:
     """Runs of pages that are neighbours on both sides, in order. Raises ValueError for unequal lengths."""
-    ends = run_ends(source, destination)
-    return [Run(int(source[start]), int(destination[start]), end - start) for start, end in pairwise((0, *ends))]
-
-
-def run_ends(source: Pages, destination: Pages) -> list[int]:
-    """Behind which pages their runs end, the last one behind all. Raises ValueError for unequal lengths."""
     check_lengths(source, destination)
     if len(source) == 0:
         return []
     breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(destination) != 1)) + 1
-    return [*breaks.tolist(), len(source)]
+    edges = (0, *breaks.tolist(), len(source))
+    return [Run(int(source[start]), int(destination[start]), end - start) for start, end in pairwise(edges)]
 
 
 def check_lengths(source: Pages, destination: Pages) -> None:

@@ -181,8 +181,7 @@ class Receiver:
             if incoming is None or incoming.state in TERMINAL:
                 return
             incoming.pages, incoming.aux_row, incoming.prefix_tokens = pages, aux_row, prefix_tokens
-            incoming.granted_s = self._clock()
-            incoming.deadline_s = incoming.granted_s + self._deadlines.handoff_s
+            incoming.deadline_s = self._clock() + self._deadlines.handoff_s
             if after is None or after.reached():
                 self._granted(room, incoming)
             else:
@@ -435,11 +434,11 @@ class Receiver:
             await asyncio.sleep(POLL_S)
         with self._lock:
             if self._rooms.get(room) is incoming and incoming.state not in TERMINAL:
-                incoming.granted_s = self._clock()
                 self._granted(room, incoming)
 
     def _granted(self, room: int, incoming: _Incoming) -> None:
         """Under the lock."""
+        incoming.granted_s = self._clock()
         try:
             self._step(room, incoming, Event.GRANTED)
         except IllegalEvent as error:

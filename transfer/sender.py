@@ -3,7 +3,7 @@
     scheduler's thread          the courier's thread
     offer(room)            ──>
                            <──  Grant arrives: state is GRANTED
-    ahead(rooms, pages)    ──>  where the route can: the GPU writes each layer once it is computed; nobody is told
+    ahead(rooms, pages)    ──>  where the route can: the GPU writes them once they are computed; nobody is told
     send(room, pages)      ──>  queued to the peer's writer: Chunk is said, the pages are written, or confirmed
     send(room, …, aux)     ──>  … then Last is said
                            <──  Ack arrives: state is DONE
