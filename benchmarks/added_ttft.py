@@ -9,12 +9,12 @@ of us.
 that pages lie anywhere. "text": the prompt is text, about a token a word, which workers and router tokenize.
 By the router also where the time went: in the router until it sent the request on (with text: rendering, tokenizing),
 until decode had found pages, until prefill had computed them, and handing them over.
-All ways are asked in turn. Below the table: where the time went inside the workers, by SGLang's own clock.
+All ways are asked in turn. Below the table: when a request was where, told by a probe in the workers
+(benchmarks/ttft_probe.py).
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import statistics
@@ -34,10 +34,11 @@ from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main
 from benchmarks.client import Answer, complete, get_json
 from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
-from benchmarks.gpu_systems import System, all_running
+from benchmarks.gpu_systems import NIXL, System, all_running
 from benchmarks.legs import Pair, direct
+from benchmarks.probes import probed, told_by
 from benchmarks.reference import VOCABULARY
-from benchmarks.time_stats import FLAG, medians_ms, read
+from benchmarks.ttft_probe import FILE_VARIABLE, FLAG, Asked, read, timeline
 from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
 
@@ -81,7 +82,7 @@ CELLS = (
     Cell(8192, fragmented=True),
     Cell(1024, at_once=8, fragmented=True),
 )
-Times = dict[tuple[str, Cell], list[float]]
+Taken = dict[tuple[str, Cell], list[Asked]]
 SPANS = ("opening_s", "computing_s", "handover_s")
 ROUTER_SPAN = "queued_s"
 Handoffs = dict[tuple[str, Cell], dict[str, float]]
@@ -98,6 +99,7 @@ COMPARED = (700, 3000, 8192, 12_000) * 3
 COMPARED_TOKENS = 16
 SPARE_WORDS = 16
 """That a text has fewer, as some are two tokens: one token more than a pass takes would be another pass."""
+PROBE = "times"
 TOLD_S = 0.3
 """How long a decode worker may take to tell of a hand-off's end."""
 
@@ -118,10 +120,10 @@ def main() -> int:
         report.progress("added_ttft: wanted a GPU, found none")
         return 2
     flags = {"context-length": 40_000, FLAG: True, **options.flags}
-    times: Times = {}
+    taken: Taken = {}
     handoffs: Handoffs = {}
     ahead: dict[str, int] = {}
-    inside: dict[str, dict[int, Any]] = {}
+    timelines: dict[str, dict[str, Any]] = {}
     same: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
@@ -130,14 +132,14 @@ def main() -> int:
             with all_running(files) as systems:
                 ways = [way for name, system in systems.items() for way in ways_of(name, system)]
                 for cell in CELLS:
-                    measure(cell, ways, options.repeats, times, handoffs)
+                    measure(cell, ways, options.repeats, taken, handoffs)
                     # For whoever has less time than this takes.
-                    (folder / "rows.json").write_text(json.dumps(rows(times, handoffs), indent=1))
+                    (folder / "rows.json").write_text(json.dumps(rows(taken, handoffs), indent=1))
                 ahead |= {name: ahead_pages(system) for name, system in systems.items() if isinstance(system, Cluster)}
                 same |= same_outputs(systems)
-            for name in names:
-                inside[name] = inside_workers(folder / name)
-    results = rows(times, handoffs)
+            for way in ways:
+                timelines[way.name] = timelines_of(way, read(told_by(folder / way.system, PROBE)), taken)
+    results = rows(taken, handoffs)
     link = "two GPUs" if gpu_count() > 1 else "one GPU for both workers: no link is crossed"
     result = {
         "gpus": machine.gpus(),
@@ -145,7 +147,7 @@ def main() -> int:
         "flags": flags,
         "ahead_pages": ahead,
         "same_outputs_as_mono": same,
-        "inside_workers_ms": inside,
+        "timelines_ms": timelines,
         "results": results,
     }
     columns = {"tokens": "cell", "way": "way", "TTFT p50 ms": "ttft_ms", "p90": "p90_ms", "added ms": "added_ms"}
@@ -156,9 +158,9 @@ def main() -> int:
     if not options.json:
         print(f"{', '.join(machine.gpus())}; {link}; pages that left ahead: {ahead}")
         print(f"outputs of {len(COMPARED)} prompts that are mono's: {same}")
-        for name, by_tokens in inside.items():
-            for tokens, spans in by_tokens.items():
-                print(f"{name}, {tokens} tokens: {spans}")
+        for way_name, by_cell in timelines.items():
+            for cell_name, points in by_cell.items():
+                print(f"{way_name}, {cell_name} tokens, ms: {points}")
     return 0
 
 
@@ -171,14 +173,17 @@ def config(folder: Path, name: str, model: Path, flags: dict[str, Any]) -> Path:
         flags=flags,
         both=int(name == "mono"),
         ahead=name if name in AHEAD else "never",
+        environment=probed(folder, PROBE, "benchmarks.ttft_probe:register", FILE_VARIABLE, alone=name == NIXL),
     )
 
 
-def inside_workers(folder: Path) -> dict[int, Any]:
-    """Medians by prompt length, role and span."""
-    files = itertools.chain(folder.glob("*/logs/*.log"), folder.glob("sglang-*.log"))
-    stats = [one for file in files for one in read(file.read_text(errors="replace").splitlines())]
-    return {cell.tokens: medians_ms(stats, cell.tokens) for cell in CELLS}
+def timelines_of(way: Way, records: list[dict[str, Any]], taken: Taken) -> dict[str, Any]:
+    """By cell, of those whose requests came one after the other."""
+    return {
+        str(cell): timeline(records, asked)
+        for (name, cell), asked in taken.items()
+        if name == way.name and cell.at_once == 1
+    }
 
 
 @dataclass
@@ -186,6 +191,7 @@ class Way:
     """One way to ask one system."""
 
     name: str
+    system: str
     ask: Ask
     takes_text: bool
     url: str | None = None
@@ -201,18 +207,19 @@ class Way:
 def ways_of(name: str, system: System, max_tokens: int = MAX_TOKENS) -> list[Way]:
     text = name in WITH_TEXT
     if isinstance(system, Pair):
-        return [Way(f"{name}, direct", lambda prompt: direct(system, MODEL, prompt, max_tokens), text)]
+        return [Way(f"{name}, direct", name, lambda prompt: direct(system, MODEL, prompt, max_tokens), text)]
     cluster, model = system, system.plan.router.model
     by_role = {worker.role: worker for worker in cluster.plan.workers}
     if name == "mono":
         worker = by_role["both"]
         url = f"http://{worker.host}:{worker.port}"
-        return [Way("mono", lambda prompt: complete(url, model, prompt, max_tokens, ignore_eos=True), text)]
+        return [Way("mono", name, lambda prompt: complete(url, model, prompt, max_tokens, ignore_eos=True), text)]
     pair = Pair.of(by_role["prefill"], by_role["decode"])
     return [
-        Way(f"{name}, direct", lambda prompt: direct(pair, model, prompt, max_tokens), text),
+        Way(f"{name}, direct", name, lambda prompt: direct(pair, model, prompt, max_tokens), text),
         Way(
             f"{name}, router",
+            name,
             lambda prompt: complete(cluster.url, model, prompt, max_tokens, ignore_eos=True),
             text,
             cluster.url,
@@ -237,7 +244,7 @@ def same_outputs(systems: dict[str, System]) -> dict[str, str]:
     }
 
 
-def measure(cell: Cell, ways: list[Way], repeats: int, times: Times, handoffs: Handoffs) -> None:
+def measure(cell: Cell, ways: list[Way], repeats: int, taken: Taken, handoffs: Handoffs) -> None:
     """One cell of all ways in turn, so that what a machine does meanwhile is done to all of them; their first requests
     unmeasured. Raises SystemExit where one fails."""
     small = cell.tokens * cell.at_once <= WARM_TWICE_TOKENS
@@ -250,23 +257,23 @@ def measure(cell: Cell, ways: list[Way], repeats: int, times: Times, handoffs: H
                     once(way, Cell(way.chooser.randint(64, 2500), CHURN_AT_ONCE), threads)
             for _ in range(2 if small else 1):
                 once(way, cell, threads)
-            times[way.name, cell] = []
+            taken[way.name, cell] = []
         for _ in range(repeats if small else min(repeats, LARGE_REPEATS)):
             for way in taking:
-                times[way.name, cell] += once(way, cell, threads)
+                taken[way.name, cell] += once(way, cell, threads)
     for way in taking:
         if way.url is not None:
-            handoffs[way.name, cell] = spans_of_newest(way.url, len(times[way.name, cell]))
-        report.progress(f"  {way.name}, {cell} tokens: {1e3 * statistics.median(times[way.name, cell]):.1f} ms")
+            handoffs[way.name, cell] = spans_of_newest(way.url, len(taken[way.name, cell]))
+        report.progress(f"  {way.name}, {cell} tokens: {1e3 * statistics.median(ttfts(way.name, cell, taken)):.1f} ms")
 
 
-def once(way: Way, cell: Cell, threads: ThreadPoolExecutor) -> list[float]:
-    """Seconds until the first token of each of a cell's requests. Raises SystemExit."""
+def once(way: Way, cell: Cell, threads: ThreadPoolExecutor) -> list[Asked]:
+    """Each of a cell's requests, until its first token. Raises SystemExit."""
     answers = list(threads.map(way.ask, [cell.prompt(way.chooser) for _ in range(cell.at_once)]))
     for answer in answers:
         if answer.first_s is None or answer.error:
             raise SystemExit(f"added_ttft: {way.name}: wanted a token, found {answer.status} {answer.error}")
-    return [answer.first_s for answer in answers if answer.first_s is not None]
+    return [Asked(one.sent_s, one.sent_s + one.first_s) for one in answers if one.first_s is not None]
 
 
 def spans_of_newest(url: str, count: int) -> dict[str, float]:
@@ -285,16 +292,22 @@ def ahead_pages(cluster: Cluster) -> int:
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith("mainstem_handoff_ahead_pages_total"))
 
 
-def rows(times: Times, handoffs: Handoffs) -> list[dict[str, Any]]:
+def ttfts(way: str, cell: Cell, taken: Taken) -> list[float]:
+    """Seconds."""
+    return [one.first_s - one.sent_s for one in taken[way, cell]]
+
+
+def rows(taken: Taken, handoffs: Handoffs) -> list[dict[str, Any]]:
     """Cell by cell, of what was measured."""
-    ways = dict.fromkeys(way for way, _ in times)
-    return [row(cell, way, times, handoffs) for cell in CELLS for way in ways if (way, cell) in times]
+    ways = dict.fromkeys(way for way, _ in taken)
+    return [row(cell, way, taken, handoffs) for cell in CELLS for way in ways if (way, cell) in taken]
 
 
-def row(cell: Cell, way: str, times: Times, handoffs: Handoffs) -> dict[str, Any]:
+def row(cell: Cell, way: str, taken: Taken, handoffs: Handoffs) -> dict[str, Any]:
     spans = {f"{span[:-2]}_ms": round(1e3 * value, 2) for span, value in handoffs.get((way, cell), {}).items()}
-    taken = sorted(times[way, cell])
-    p50 = statistics.median(taken)
+    taken_s = sorted(ttfts(way, cell, taken))
+    p50 = statistics.median(taken_s)
+    mono_p50 = statistics.median(ttfts("mono", cell, taken)) if ("mono", cell) in taken else None
     return {
         "cell": str(cell),
         "way": way,
@@ -302,10 +315,10 @@ def row(cell: Cell, way: str, times: Times, handoffs: Handoffs) -> dict[str, Any
         "at_once": cell.at_once,
         "fragmented": cell.fragmented,
         "text": cell.text,
-        "requests": len(taken),
+        "requests": len(taken_s),
         "ttft_ms": round(1e3 * p50, 1),
-        "p90_ms": round(1e3 * taken[int(0.9 * (len(taken) - 1))], 1),
-        "added_ms": round(1e3 * (p50 - statistics.median(times["mono", cell])), 1) if ("mono", cell) in times else None,
+        "p90_ms": round(1e3 * taken_s[int(0.9 * (len(taken_s) - 1))], 1),
+        "added_ms": round(1e3 * (p50 - mono_p50), 1) if mono_p50 is not None else None,
         **spans,
     }
 

@@ -24,6 +24,8 @@ class Answer:
     total_s: float = 0.0
     usage: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    sent_s: float = 0.0
+    """When the request was sent, of `time.perf_counter`."""
 
     @property
     def prefill(self) -> str:
@@ -61,7 +63,7 @@ def streaming(body: dict[str, Any]) -> str:
 def ask_ready(url: str, path: str, payload: str, started_s: float, timeout_s: float = 300.0) -> Answer:
     """As `ask`, with a body that is ready, and a clock that began at `started_s` of `time.perf_counter`."""
     target = urlsplit(url)
-    answer = Answer()
+    answer = Answer(sent_s=started_s)
     connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=timeout_s)
     try:
         connection.request("POST", path, payload, {"content-type": "application/json"})

@@ -31,7 +31,7 @@ from benchmarks.bench_cluster import run_main
 from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
 from benchmarks.gpu_systems import NIXL, all_running
 from benchmarks.legs import Pair
-from benchmarks.probes import probed
+from benchmarks.probes import probed, told_by
 from benchmarks.reference import VOCABULARY
 from benchmarks.step_probe import FILE_VARIABLE, PARTS, Step, steps
 from benchmarks.streams import Client, Stream, percentile, session
@@ -109,15 +109,12 @@ def main() -> int:
 
 def cluster_file(folder: Path, name: str, options: argparse.Namespace) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    environment = probed(folder, PROBE, "benchmarks.step_probe:register") | {FILE_VARIABLE: str(folder / PROBE)}
-    if name == NIXL:
-        environment["SGLANG_PLUGINS"] = PROBE
     return gpu_config(
         folder / "cluster.yaml",
         options.model.resolve(),
         pool_tokens=POOL_TOKENS,
         flags={"context-length": 16384, "cuda-graph-max-bs": RUNNING + 8, **options.flags},
-        environment=environment,
+        environment=probed(folder, PROBE, "benchmarks.step_probe:register", FILE_VARIABLE, alone=name == NIXL),
     )
 
 
@@ -159,7 +156,7 @@ async def measure(
                     found[phase].arrivals += _checked(sent)
                 report.progress(f"  {name}, round {number + 1} of {options.rounds}, {phase}: done")
             done = _checked(await asyncio.gather(*streams))
-            files = list(folder.glob(f"{PROBE}.*"))
+            files = told_by(folder, PROBE)
             for phase, span in spans.items():
                 found[phase].gaps_s += within(done, *span)
                 found[phase].steps += steps(files, *span, least_requests=RUNNING)

@@ -93,8 +93,7 @@ def main() -> None:
 def _probed(tree: dict[str, Any], folder: Path) -> None:
     """The probe in every worker, and room for 64 requests on decode."""
     tree["name"] = "scheduler-tick"
-    tree["environment"] |= probed(folder, "ticks", "benchmarks.tick_probe:register")
-    tree["environment"][FILE_VARIABLE] = str(folder / "ticks")
+    tree["environment"] |= probed(folder, "ticks", "benchmarks.tick_probe:register", FILE_VARIABLE)
     tree["engine"] |= {"max-total-tokens": 49152, "max-running-requests": 2 * BUSY}
     for group in tree["workers"]:
         if group["role"] == "decode":

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.decode_itl import longest
-from benchmarks.probes import probed
-from benchmarks.step_probe import FLUSH_S, Probe, steps
+from benchmarks.probes import probed, told_by
+from benchmarks.step_probe import FILE_VARIABLE, FLUSH_S, Probe, steps
 
 SLEPT_S = 0.02
 
@@ -48,6 +48,15 @@ def test_a_worker_that_does_not_decode_tells_nothing(tmp_path: Path) -> None:
 
 def test_a_probe_is_found_beside_what_was_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    path = probed(tmp_path / "made", "steps", "benchmarks.step_probe:register")["PYTHONPATH"].split(":")
+    environment = probed(tmp_path / "made", "steps", "benchmarks.step_probe:register", FILE_VARIABLE)
+    path = environment["PYTHONPATH"].split(":")
     assert path[0] == str(tmp_path / "made")
     assert path[-1] == "/elsewhere"
+    assert "SGLANG_PLUGINS" not in environment
+    loop(Probe(environment[FILE_VARIABLE]), SimpleNamespace(disagg_decode_prealloc_queue=object()), 4)
+    assert len(told_by(tmp_path / "made", "steps")) == 1
+
+
+def test_a_probe_alone_keeps_other_plugins_out(tmp_path: Path) -> None:
+    environment = probed(tmp_path, "steps", "benchmarks.step_probe:register", FILE_VARIABLE, alone=True)
+    assert environment["SGLANG_PLUGINS"] == "steps"
