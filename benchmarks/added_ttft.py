@@ -3,8 +3,8 @@
 The same flags, the same run, prompts as token ids on every side, each prompt new. `mono` asks the one worker; `direct`
 sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `whole` is
 a pair whose pages leave when SGLang sends them, `pass` one whose pages leave when the GPU has computed their forward
-pass, `layers` one most of whose layers leave while the last ones are computed; `nixl` is SGLang's own pair, without any
-of us.
+pass, `layers` one all of whose layers but the last leave while that one is computed; `nixl` is SGLang's own pair,
+without any of us.
 "8 x" is eight requests at once: the median is over all of them. "fragmented": after many requests of all lengths, so
 that pages lie anywhere. "text": the prompt is text, about a token a word, which workers and router tokenize.
 By the router also where the time went: in the router until it sent the request on (with text: rendering, tokenizing),

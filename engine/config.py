@@ -94,8 +94,8 @@ class TransferSection(BaseModel):
     """Network devices that only trusted machines reach. nixl uses no others, but for loopback."""
     ahead: Literal["never", "pass", "layers"] = "layers"
     """When nvlink writes pages: never before SGLang sends them; or when the GPU has computed their forward pass, which
-    spares a first token the time in which the CPU looks at the pass; or most of their layers while the pass's last ones
-    are computed, which also hides the copying."""
+    spares a first token the time in which the CPU looks at the pass; or all of their layers but the last while that one
+    is computed, which also hides the copying."""
     timeout_s: Seconds = 60.0
     """A hand-off that has not ended this long after its pages were granted fails."""
     silence_s: Annotated[float, Field(ge=1)] = 2.5

@@ -10,22 +10,15 @@ from transfer.computed import Computed
 
 PASSES = 4
 """Sets of events, taken in turn: a pass may begin while the pages of the one before it wait to leave."""
-LAST_SHARE = 16
-"""One in so many layers, and one at least, is computed while the pages of those before it leave."""
-
-
-def nearly_all(layers: int) -> int:
-    """How many layers leave before the last ones are computed.
-
-    Not each when it is computed: a link that is kept busy all the time slows down what is computed (measured, see
-    transfer/README.md), and in the time of the last layers all the others are over it.
-    """
-    return layers - max(1, layers // LAST_SHARE)
 
 
 @dataclass(frozen=True)
 class Events:
-    """Of one pass, as `Computed` has them."""
+    """Of one pass, as `Computed` has them. `nearly`: all layers but the last one are.
+
+    Not each when it is computed: a link that is kept busy all the time slows down what is computed (measured, see
+    transfer/README.md), and in the time of the last layer all the others are over it.
+    """
 
     before: Any
     nearly: Any
@@ -45,7 +38,7 @@ class ForwardPasses:
         self, layers: int, sets: Sequence[Events], record: Callable[[Any, Any], None], current: Callable[[], Any]
     ) -> None:
         self._layers = layers
-        self._nearly = nearly_all(layers)
+        self._nearly = layers - 1
         self._sets = sets
         self._record = record
         self._current = current

@@ -164,7 +164,7 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         self.passes = None if layers is None else _passes(pool, len(layers))
         """Of a prefill worker whose pages may leave before they are sent."""
         self.by_layers = spec.ahead == "layers"
-        """Whether most of their layers leave while the last ones are computed."""
+        """Whether all of their layers but the last leave while that one is computed."""
         transports = make(
             spec.transports,
             pool,

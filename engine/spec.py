@@ -58,8 +58,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     nixl_devices: tuple[str, ...] = ("lo",)
     """Network devices that NIXL may use, as UCX names them: whoever reaches one can write this worker's memory."""
     ahead: Literal["never", "pass", "layers"] = "layers"
-    """When nvlink writes pages: when SGLang sends them, or when their forward pass is computed, or most of their layers
-    while its last ones are."""
+    """When nvlink writes pages: when SGLang sends them, or when their forward pass is computed, or all of their
+    layers but the last while that one is."""
     renew_s: float = 1.0
     """Time between two registrations."""
     audit_s: float = 5.0

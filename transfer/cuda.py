@@ -161,11 +161,7 @@ class Device:
 
     def idle(self, stream: Any) -> bool:
         """Whether all that was put into the stream is done. Raises CudaFailed where any of it went wrong."""
-        error = _driver_held().cuStreamQuery(int(stream))
-        if error == self._not_ready:
-            return False
-        self._check_held("cuStreamQuery", error)
-        return True
+        return self._done("cuStreamQuery", _driver_held().cuStreamQuery(int(stream)))
 
     def write_word(self, stream: Any, pointer: int, value: int) -> None:
         """The stream writes these 32 bits once all that was put into it before is done, and can be seen."""
@@ -183,6 +179,14 @@ class Device:
     def record(self, event: Any, stream: Any) -> None:
         """The event is all that has been put into the stream."""
         self._check_held("cuEventRecord", _driver_held().cuEventRecord(int(event), int(stream)))
+
+    def reached(self, event: Any) -> bool:
+        """Whether what the event is now is done. Raises CudaFailed where any of it went wrong."""
+        return self._done("cuEventQuery", _driver_held().cuEventQuery(int(event)))
+
+    def destroy_event(self, event: Any) -> None:
+        """Also one that is still waited for."""
+        self._call("cuEventDestroy", event)
 
     def wait(self, stream: Any, event: Any) -> None:
         """The stream goes no further until what the event is now is done; one that was never recorded is done."""
@@ -216,6 +220,12 @@ class Device:
         )
         return f"sm_{major}{minor}"
 
+    def _done(self, name: str, error: int) -> bool:
+        if error == self._not_ready:
+            return False
+        self._check_held(name, error)
+        return True
+
     def _check_held(self, name: str, error: int) -> None:
         if error:
             _check(self._cu, name, (self._cu.CUresult(error),))
@@ -247,6 +257,7 @@ def _driver_held() -> ctypes.PyDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_uint
     library.cuPointerGetAttribute.argtypes = [pointer, ctypes.c_int, ctypes.c_uint64]
     library.cuStreamQuery.argtypes = [pointer]
+    library.cuEventQuery.argtypes = [pointer]
     library.cuEventRecord.argtypes = [pointer, pointer]
     library.cuStreamWaitEvent.argtypes = [pointer, pointer, number]
     library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, *[pointer] * 3]

@@ -5,10 +5,15 @@ Wraps another one whose writes are in place when they return, and whose landings
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 from transfer.computed import Computed
 from transfer.layout import PoolLayout
 from transfer.plan import Pages
 from transfer.transport import Ahead, Landing, Lanes, Route, Transport, Wire
+
+_LOOK_S = 0.001
 
 
 class EagerTransport:
@@ -19,6 +24,10 @@ class EagerTransport:
         """Not ahead."""
         self.ahead_writes: list[int] = []
         """Pages of each."""
+        self.again_pages = 0
+        self.computed = threading.Event()
+        """Cleared by who wants that it is still under way."""
+        self.computed.set()
 
     @property
     def name(self) -> str:
@@ -50,10 +59,16 @@ class _EagerRoute:
         self._transport.ahead_writes.append(len(source))
         await self._inner.write(0, 0, source, destination)
 
+    async def write_again(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
+        self._transport.again_pages += len(source)
+        await self._inner.write(tag, first, source, destination)
+
     async def confirm(self, tag: int, pages: int) -> None:
         self._transport.confirmed_pages += pages
 
     async def settled(self) -> None:
+        while not self._transport.computed.is_set():
+            await asyncio.sleep(_LOOK_S)
         await self._inner.settled()
 
     async def disconnect(self) -> None:

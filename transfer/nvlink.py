@@ -1,11 +1,11 @@
 """Pages between two GPUs of one host: prefill's GPU writes into decode's pool, which it has mapped. One kernel a write.
 
     write         prefill   one launch for all buffers; page indices travel with it as arguments, nothing waits for it
-    write_ahead   prefill   held by its stream until they have been computed: one launch for all layers, or one for
-                            most of them and one for the last
-    confirm       prefill   a launch that copies nothing: it says that those are there
+    write_ahead   prefill   in a stream of its own, which holds it until they have been computed: one launch for all
+                            layers, or one for those before the last and one for that
+    confirm       prefill   a launch that copies nothing, behind those: it says that they are there
     landed        decode    reads the records that the kernel leaves in host memory once its pages are in place
-    settled       prefill   its stream is empty, so that it can say that it stopped
+    settled       prefill   both streams have come by, so that it can say that it stopped
 
 CUDA maps the other process's memory (IPC handles of whole allocations). A mapping cannot be taken from a process, so a
 lease (transfer/lease.py) is held as long as a kernel may be under way: decode withdraws it from a writer that is lost.
@@ -51,6 +51,8 @@ WARPS = THREADS // 32
 PIECE_BYTES = 4096
 """What a warp copies at a time (copy_pages.cu)."""
 VECTOR_BYTES = 16
+COUNTERS_BYTES = 256
+"""For two counters, each on a line of its own."""
 BLOCKS = 64
 """Multiprocessors that a write takes."""
 WATCH_S = 1e-3
@@ -269,10 +271,16 @@ class NvlinkRoute:
 
     async def write(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
         """Returns once the GPU has been told."""
+        await self._write(self._job.now, tag, source, destination)
+
+    async def write_again(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
+        await self._write(self._job.ahead, tag, source, destination)
+
+    async def _write(self, lane: _Lane, tag: int, source: Pages, destination: Pages) -> None:
         self._check_pages(source, destination)
         for start in range(0, len(source), MOST_PAGES[-1]):
             end = start + MOST_PAGES[-1]
-            await self._tell(tag, source[start:end], destination[start:end], len(source[start:end]))
+            await self._tell(lane, tag, source[start:end], destination[start:end], len(source[start:end]))
 
     async def write_ahead(self, source: Pages, destination: Pages, fresh: int, computed: Computed) -> None:
         self._check_pages(source, destination)
@@ -291,16 +299,16 @@ class NvlinkRoute:
     def _copy_after(self, event: Any, source: Pages, destination: Pages, rows: range) -> None:
         if not len(source) or not rows:
             return
-        self._device.wait(self._job.stream, event)
+        self._device.wait(self._job.ahead.stream, event)
         for start in range(0, len(source), MOST_PAGES[-1]):
             end = start + MOST_PAGES[-1]
-            self._job.copy(source[start:end], destination[start:end], rows)
+            self._job.copy(self._job.ahead, source[start:end], destination[start:end], rows)
 
     async def confirm(self, tag: int, pages: int) -> None:
         nothing = np.empty(0, np.int32)
-        await self._tell(tag, nothing, nothing, pages)
+        await self._tell(self._job.ahead, tag, nothing, nothing, pages)
 
-    async def _tell(self, tag: int, source: Pages, destination: Pages, pages: int) -> None:
+    async def _tell(self, lane: _Lane, tag: int, source: Pages, destination: Pages, pages: int) -> None:
         """One launch, with a record of so many pages. Waits for a place for it."""
         since_s = time.monotonic()
         while self._job.ring.full and self._leave.given:
@@ -309,21 +317,32 @@ class NvlinkRoute:
         self._check()
         self._hold()
         try:
-            self._job.copy_and_tell(tag, source, destination, pages)
+            self._job.copy_and_tell(lane, tag, source, destination, pages)
         except CudaFailed as error:
             raise self._failed(error) from error
         finally:
             self._watch_soon()
 
     async def settled(self) -> None:
-        if self._watching is not None:
-            # Shielded: whoever is cancelled while waiting must not cancel the holding.
-            await asyncio.shield(self._watching)
         self._check()
+        events = []
+        try:
+            for lane in self._job.lanes:
+                events.append(self._device.event())
+                self._device.record(events[-1], lane.stream)
+            while not all(self._device.reached(event) for event in events):
+                await asyncio.sleep(WATCH_S)
+                self._check()
+        except CudaFailed as error:
+            raise self._failed(error) from error
+        finally:
+            for event in events:
+                self._device.destroy_event(event)
 
     async def disconnect(self) -> None:
         self._lost = self._lost or "nvlink: disconnected"
         if self._watching is not None:
+            # Shielded: whoever is cancelled while waiting must not cancel the holding.
             await asyncio.shield(self._watching)
         if self._ended:
             return
@@ -412,8 +431,17 @@ class _Table:
         return self.ends[count - 1] if count else 0
 
 
+@dataclass(frozen=True)
+class _Lane:
+    """A stream, whose launches come one after the other."""
+
+    stream: Any
+    blocks_done: int
+    """Where they count, as copy_pages.cu has it."""
+
+
 class _Copy:
-    """The kernel of one route, its stream and its arguments."""
+    """The kernel of one route, its streams and its arguments."""
 
     def __init__(
         self, device: Device, kernels: list[Any], blocks: int, table: _Table, ring: RingWriter, undo: ExitStack
@@ -424,25 +452,31 @@ class _Copy:
         self._device = device
         self._kernels = kernels
         self._blocks = blocks
-        self.stream = device.stream()
-        undo.callback(device.destroy_stream, self.stream)
         self._ring_pointer = device.map_host(ring.pointer, SIZE_BYTES)
         undo.callback(device.unmap_host, ring.pointer)
-        self._memory = device.allocate(VECTOR_BYTES + table.rows.nbytes)
+        self._memory = device.allocate(COUNTERS_BYTES + table.rows.nbytes)
         undo.callback(device.free, self._memory)
-        device.upload(self._memory + VECTOR_BYTES, table.rows)
-        # Both went through the default stream, for which this one does not wait.
+        device.upload(self._memory + COUNTERS_BYTES, table.rows)
+        # Both went through the default stream, for which the others do not wait.
         device.synchronize(0)
+        streams = []
+        for _ in range(2):
+            streams.append(device.stream())
+            undo.callback(device.destroy_stream, streams[-1])
+        self.lanes = self.now, self.ahead = (
+            _Lane(streams[0], self._memory),
+            _Lane(streams[1], self._memory + COUNTERS_BYTES // 2),
+        )
         self.all = range(len(table.rows))
         self._pieces = -(-int(table.rows[:, 2].max()) // PIECE_BYTES)
         self._start = np.zeros(1, np.uint64)
         self._buffers, pieces = np.zeros(1, np.uint32), np.array([self._pieces], np.uint32)
-        done = np.array([self._memory], np.uint64)
+        self._blocks_done = np.zeros(1, np.uint64)
         self._record, self._tag, self._told_pages, self._sequence = (np.zeros(1, np.uint64) for _ in range(4))
         self._pages = [np.zeros(1 + 2 * most, np.int32) for most in MOST_PAGES]
         # As copy_pages.cu has them.
         self._kept = (
-            *(self._start, self._buffers, pieces, done),
+            *(self._start, self._buffers, pieces, self._blocks_done),
             *(self._record, self._tag, self._told_pages, self._sequence),
         )
         self._arguments = [
@@ -452,36 +486,38 @@ class _Copy:
     @property
     def idle(self) -> bool:
         """Raises CudaFailed."""
-        return self._device.idle(self.stream)
+        return all(self._device.idle(lane.stream) for lane in self.lanes)
 
-    def copy_and_tell(self, tag: int, source: Pages, destination: Pages, pages: int) -> None:
+    def copy_and_tell(self, lane: _Lane, tag: int, source: Pages, destination: Pages, pages: int) -> None:
         """At most MOST_PAGES[-1] pages; a record of `pages`. Only where the ring is not full. Raises CudaFailed."""
         sequence, offset = self.ring.next()
         self._record[0], self._tag[0] = self._ring_pointer + offset, tag
         self._told_pages[0], self._sequence[0] = pages, sequence
-        self._launch(source, destination, self.all)
+        self._launch(lane, source, destination, self.all)
 
-    def copy(self, source: Pages, destination: Pages, buffers: range) -> None:
+    def copy(self, lane: _Lane, source: Pages, destination: Pages, buffers: range) -> None:
         """At most MOST_PAGES[-1] pages of these rows of the table, and nobody is told. Raises CudaFailed."""
         self._record[0] = 0
-        self._launch(source, destination, buffers)
+        self._launch(lane, source, destination, buffers)
 
-    def _launch(self, source: Pages, destination: Pages, buffers: range) -> None:
+    def _launch(self, lane: _Lane, source: Pages, destination: Pages, buffers: range) -> None:
         count = len(source)
         size = next(number for number, most in enumerate(MOST_PAGES) if count <= most)
         pages, most = self._pages[size], MOST_PAGES[size]
         pages[0] = count
         pages[1 : 1 + count] = source
         pages[1 + most : 1 + most + count] = destination
-        self._start[0] = self._memory + VECTOR_BYTES + buffers.start * self.table.rows.strides[0]
+        self._blocks_done[0] = lane.blocks_done
+        self._start[0] = self._memory + COUNTERS_BYTES + buffers.start * self.table.rows.strides[0]
         self._buffers[0] = len(buffers)
         warps = count * len(buffers) * self._pieces
         blocks = max(1, min(self._blocks, -(-warps // WARPS)))
-        self._device.launch(self._kernels[size], blocks, THREADS, self.stream, self._arguments[size])
+        self._device.launch(self._kernels[size], blocks, THREADS, lane.stream, self._arguments[size])
 
     def close(self) -> None:
-        """Once its stream is idle."""
-        self._device.destroy_stream(self.stream)
+        """Once its streams are idle."""
+        for lane in self.lanes:
+            self._device.destroy_stream(lane.stream)
         self._device.free(self._memory)
         self._device.unmap_host(self.ring.pointer)
 

@@ -8,8 +8,8 @@
     send(room, …, aux)     ──>  … then Last is said
                            <──  Ack arrives: state is DONE
 
-A peer's writer does one thing at a time, in order. So once it has answered Stop with Stopped,
-no write for that room can follow.
+A peer's writer does one thing at a time, in order, but for the answer to a Stop: that waits until what was begun before
+it is over, while others' pages go on. No write of a room begins once the room has ended, so none follows its Stopped.
 """
 
 from __future__ import annotations
@@ -450,9 +450,8 @@ class Sender:
             while True:
                 job = await peer.jobs.get()
                 if isinstance(job, _Say):
-                    # All that is said so is that this side has stopped, or will not go on.
-                    await peer.route.settled()
-                    await peer.connection.send(job.message)
+                    # Not here: what was begun may end with a whole forward pass, and others' pages need not wait.
+                    self._courier.spawn(self._say(peer, job.message))
                 elif isinstance(job, _WriteAhead):
                     await self._write_ahead(peer, job)
                 else:
@@ -461,6 +460,15 @@ class Sender:
             log.info("write failed worker=%s reason=%s", peer.name, error)
         finally:
             # Whatever ended it: a connection on which nobody writes is none.
+            peer.connection.cut()
+
+    async def _say(self, peer: _Peer, message: handoff.Message) -> None:
+        """Behind all that was begun: what is said so is that this side has stopped, or will not go on."""
+        try:
+            await peer.route.settled()
+            await peer.connection.send(message)
+        except (PeerLost, RouteLost) as error:
+            log.info("not said worker=%s reason=%s", peer.name, error)
             peer.connection.cut()
 
     async def _write_ahead(self, peer: _Peer, write: _WriteAhead) -> None:
@@ -514,18 +522,20 @@ class Sender:
         confirmed = int(np.count_nonzero(there))
         if confirmed:
             source, destination = source[~there], destination[~there]
+        ahead = peer.route.ahead if outgoing.ahead_pages else None
+        write_pages = peer.route.write if ahead is None else ahead.write_again
         slice_pages = max(1, peer.route.slice_bytes // self._me.layout.bytes_per_page)
         for start in range(0, len(source), slice_pages):
             if outgoing.state in TERMINAL:
                 return False
             end = start + slice_pages
             began_s = self._clock()
-            await peer.route.write(write.room, write.first + start, source[start:end], destination[start:end])
+            await write_pages(write.room, write.first + start, source[start:end], destination[start:end])
             outgoing.writing_s += self._clock() - began_s
             outgoing.sent_bytes += len(source[start:end]) * self._me.layout.bytes_per_page
         if confirmed:
-            assert peer.route.ahead is not None, "it has written them"
-            await peer.route.ahead.confirm(write.room, confirmed)
+            assert ahead is not None, "it has written them"
+            await ahead.confirm(write.room, confirmed)
             outgoing.confirmed_pages += confirmed
             outgoing.sent_bytes += confirmed * self._me.layout.bytes_per_page
         return outgoing.state not in TERMINAL

@@ -5,8 +5,8 @@
     describe     what that worker needs to reach the landing; travels over the authenticated connection
     connect      prefill: the Route to the landing that was described
     write        prefill: a list of pages, under a tag
-    write_ahead, confirm
-                 prefill, where the route can: pages that are still being computed; that they were
+    write_ahead, confirm, write_again
+                 prefill, where the route can: pages that are still being computed; that they were; that they changed
     settled      prefill: nothing that was begun is under way
     expect, coming, landed
                  decode: where a tag's pages go; that they are about to come; that all are there
@@ -116,9 +116,15 @@ class Ahead(Protocol):
     async def confirm(self, tag: int, pages: int) -> None:
         """Counts as a write, under the tag, of so many pages that were written ahead. Raises RouteLost."""
 
+    async def write_again(self, tag: int, first: int, source: Pages, destination: Pages) -> None:
+        """As `Route.write`, behind all that was written ahead: for a tag of which something was.
+
+        `Route.write` need not wait for that, as other tags' pages may go ahead with a pass that has just begun.
+        """
+
 
 class Route(Protocol):
-    """Prefill's end: the way into one decode worker's pool. One write at a time."""
+    """Prefill's end: the way into one decode worker's pool. One write at a time, and `settled` beside it."""
 
     @property
     def landing_is_polled(self) -> bool:
@@ -144,7 +150,10 @@ class Route(Protocol):
         """
 
     async def settled(self) -> None:
-        """Returns once this side has nothing to do any more for what `write` has begun. Raises RouteLost."""
+        """Returns once this side has nothing to do any more for what was begun until now; more may be meanwhile.
+
+        Raises RouteLost.
+        """
 
     async def disconnect(self) -> None:
         """Ends the route; a write that is under way ends or raises RouteLost first. A second call does nothing."""

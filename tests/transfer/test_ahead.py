@@ -71,7 +71,8 @@ def test_a_page_that_is_another_by_the_time_it_is_sent_is_written_again(pair: Pa
     pair.sender.send(ROOM, pages(1, 5, 3), AUX)
     done(pair)
     assert pair.landed([1, 5, 3], [10, 11, 12])
-    assert (pair.eager[0].confirmed_pages, pair.eager[0].written_pages) == (2, 1)
+    assert (pair.eager[0].confirmed_pages, pair.eager[0].again_pages) == (2, 1)
+    assert pair.eager[0].written_pages == 0, "that may overtake what went ahead"
 
 
 def test_chunks_go_ahead_of_those_before_them(pair: Pair) -> None:
@@ -179,6 +180,20 @@ def test_a_room_that_ends_while_its_pages_are_not_computed_holds_nothing_up(pair
     pair.begin(ROOM + 1, [12])
     pair.sender.send(ROOM + 1, pages(3), AUX)
     done(pair, ROOM + 1)
+    eventually(lambda: pair.receiver.state(ROOM) is ReceiverState.FAILED)
+
+
+def test_a_stop_waits_for_what_is_computed_and_nobody_waits_for_the_stop(pair: Pair) -> None:
+    pair.begin(ROOM, [10])
+    pair.begin(ROOM + 1, [11])
+    pair.eager[0].computed.clear()
+    ahead(pair, 1)
+    pair.receiver.fail(ROOM, "gave up")
+    eventually(lambda: pair.sender.state(ROOM) is SenderState.FAILED)
+    pair.sender.send(ROOM + 1, pages(2), AUX)
+    done(pair, ROOM + 1)
+    assert pair.receiver.state(ROOM) is ReceiverState.STOPPING, "its page may still be written to"
+    pair.eager[0].computed.set()
     eventually(lambda: pair.receiver.state(ROOM) is ReceiverState.FAILED)
 
 

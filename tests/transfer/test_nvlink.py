@@ -346,13 +346,39 @@ def test_a_page_that_is_written_again_after_it_went_ahead_is_the_later_one(devic
             landing.expect(5, destination)
             assert route.ahead is not None
             await route.ahead.write_ahead(guessed, destination, len(guessed), computing.computed)
-            await route.write(5, 0, source[:70], destination[:70])
-            await route.write(5, 70, source[70:], destination[70:])
+            await route.ahead.write_again(5, 0, source[:70], destination[:70])
+            await route.ahead.write_again(5, 70, source[70:], destination[70:])
             await asyncio.sleep(0.05)
             assert not landing.in_place(5)
             computing.is_done()
             await landing.landed(5)
             ends.check(source, destination)
+            computing.close()
+
+    run(work())
+
+
+def test_pages_that_are_computed_do_not_wait_for_those_that_go_ahead(device: Device) -> None:
+    async def work() -> None:
+        page_bytes, layers = LAYERED
+        async with joined(device, page_bytes, 200, layers=layers) as (ends, landing, route):
+            computing = Pass(device)
+            pages, places = some(150, 200, 1), some(150, 205, 2)
+            landing.expect(5, places[:70])
+            landing.expect(6, places[70:])
+            assert route.ahead is not None
+            await route.ahead.write_ahead(pages[:70], places[:70], 70, computing.computed)
+            await route.write(6, 0, pages[70:], places[70:])
+            await landing.landed(6)
+            assert same(ends, range(8), pages[70:], places[70:])
+            settling = asyncio.create_task(route.settled())
+            await asyncio.sleep(0.05)
+            assert not settling.done()
+            computing.is_done()
+            await settling
+            await route.ahead.confirm(5, 70)
+            await landing.landed(5)
+            ends.check(pages, places)
             computing.close()
 
     run(work())
