@@ -241,6 +241,8 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
         self._room = bootstrap_room
         self.slots_changed = False
         """Whether the cache has given this request pages of its own since it was last sent (engine.sglang_overlap)."""
+        self.sent_first = False
+        """Whether all of it was sent before the cache took it in (engine.sglang_overlap)."""
         self.leaves_ahead = False
         """Whether all that it has goes ahead in the pass that is about to begin (engine.sglang_layers)."""
         self._pages = 0

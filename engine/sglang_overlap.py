@@ -6,7 +6,8 @@ request's slots were changed just before: the cache found that it held the same 
 its own pages.
 
 A request that was computed before decode had pages for it is sent, where it has by then, with the others of its pass.
-SGLang would send it once it has written its statistics and log.
+SGLang would send it once it has written its statistics and log. And whatever is computed is sent before the cache takes
+the prompt in, which takes it milliseconds, where the cache cannot give it other slots.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
-from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from engine.sglang_slots import SlotReader
@@ -34,15 +35,25 @@ class OverlapHooks:
         """Whether what is being sent was in the cache before its pass: its slots are just being written."""
         self._held_tokens = 0
         """What the cache had of a prompt that was put into it last."""
+        self._scheduler: Any = None
+        """While it looks at the result of a pass."""
 
     def register(self) -> None:
         scheduler = "sglang.srt.managers.scheduler.Scheduler."
         cache = "sglang.srt.mem_cache.radix_cache.RadixCache."
-        HookRegistry.register(scheduler + "process_batch_result_disagg_prefill", self.granted, HookType.BEFORE)
+        HookRegistry.register(scheduler + "process_batch_result_disagg_prefill", self.result, HookType.AROUND)
         HookRegistry.register(scheduler + "send_kv_chunk", self.send, HookType.AROUND)
         HookRegistry.register(scheduler + "maybe_send_cached_prefix_chunk", self.send_early, HookType.AROUND)
         HookRegistry.register(cache + "insert", self.inserted, HookType.AFTER)
         HookRegistry.register(cache + "cache_unfinished_req", self.cached, HookType.AROUND)
+
+    def result(self, original: Any, scheduler: Any, batch: Any, result: Any) -> None:
+        self.granted(scheduler, batch, result)
+        self._scheduler = scheduler
+        try:
+            original(scheduler, batch, result)
+        finally:
+            self._scheduler = None
 
     def granted(self, scheduler: Any, batch: Any, result: Any) -> None:
         """Finds the optimistic requests to which decode has granted pages while their last chunk was computed."""
@@ -62,6 +73,8 @@ class OverlapHooks:
 
     def send(self, original: Any, scheduler: Any, request: Any, *arguments: Any, **named: Any) -> None:
         sender = request.disagg_kv_sender
+        if getattr(sender, "sent_first", False):
+            return
         aside = (
             scheduler.enable_overlap
             and not self._early
@@ -88,8 +101,34 @@ class OverlapHooks:
 
     def cached(self, original: Any, cache: Any, request: Any, *arguments: Any, **named: Any) -> None:
         own_from = request.cache_protected_len
+        if self._scheduler is not None and _is_ready(self._scheduler, request) and keeps_its_slots(cache, request):
+            self._scheduler.send_kv_chunk(request, last_chunk=True)
+            # As SGLang will do next.
+            request.disagg_kv_sender.sent_first = True
         self._held_tokens = 0
         original(cache, request, *arguments, **named)
         sender: Any = getattr(request, "disagg_kv_sender", None)
         if self._held_tokens > own_from and hasattr(sender, "slots_changed"):
             sender.slots_changed = True
+
+
+def _is_ready(scheduler: Any, request: Any) -> bool:
+    """Whether all that goes with its pages is known when SGLang puts the prompt into its cache."""
+    return (
+        hasattr(request.disagg_kv_sender, "sent_first")
+        and not request.pending_bootstrap
+        and request.inflight_middle_chunks <= 0
+        and not request.return_logprob
+        and not request.return_sampling_mask
+        and scheduler.spec_algorithm.is_none()
+    )
+
+
+def keeps_its_slots(cache: Any, request: Any) -> bool:
+    """Whether the cache has no more of the prompt than it gave the request: else it frees the request's own slots, and
+    they may be another's before they are read."""
+    if type(cache) is not RadixCache or cache.disable:
+        return False
+    key = RadixKey(request.get_fill_ids(), request.extra_key, is_bigram=cache.is_eagle).page_aligned(cache.page_size)
+    own = key[request.cache_protected_len :]
+    return len(own) == 0 or own.child_key(cache.page_size) not in request.last_node.children

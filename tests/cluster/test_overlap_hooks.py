@@ -139,3 +139,75 @@ def test_what_the_cache_had_is_sent_early_where_it_does_not_go_ahead(overlap: bo
     asides: list[bool] = []
     run.hooks.send_early(lambda *_arguments: asides.append(run.sent_aside()), run.scheduler, run.request)
     assert asides == ([False] if sent else []), "never aside: its slots are just being written"
+
+
+class Looking:
+    """A scheduler that looks at the result of a pass of one request, as SGLang's does."""
+
+    def __init__(self, prompt: list[int], held: int = 0, **request: Any) -> None:
+        """held: so many tokens of it were cached when the request was scheduled"""
+        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        self.run = Run()
+        self.run.request.disagg_kv_sender.sent_first = False
+        if held:
+            self.run.insert(prompt[:held])
+        key = RadixKey(array("q", prompt[:held]), None)
+        node = self.run.cache.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        fields: dict[str, Any] = {"pending_bootstrap": False, "inflight_middle_chunks": 0, "return_logprob": False}
+        fields |= {"return_sampling_mask": False, "extra_key": None, "last_node": node, "cache_protected_len": held}
+        vars(self.run.request).update(fields | request)
+        self.run.request.get_fill_ids = lambda: array("q", prompt)
+        self.prompt = prompt
+        self.order: list[str] = []
+        self.run.scheduler.send_kv_chunk = self.send
+        self.run.scheduler.spec_algorithm = SimpleNamespace(is_none=lambda: True)
+
+    def send(self, request: Any, last_chunk: bool) -> None:
+        assert last_chunk
+        note = lambda *_arguments, **_named: self.order.append("sent")  # noqa: E731
+        self.run.hooks.send(note, self.run.scheduler, request)
+
+    def look(self) -> list[str]:
+        def insert(_cache: Any, _request: Any) -> None:
+            self.run.hooks.inserted(self.run.insert(self.prompt), self.run.cache)
+            self.order.append("cached")
+
+        def process(scheduler: Any, _batch: Any, _result: Any) -> None:
+            self.run.hooks.cached(insert, self.run.cache, self.run.request)
+            if not self.run.request.pending_bootstrap:
+                scheduler.send_kv_chunk(self.run.request, last_chunk=True)
+
+        batch = SimpleNamespace(reqs=[])
+        self.run.hooks.result(process, self.run.scheduler, batch, SimpleNamespace(copy_done=None))
+        return self.order
+
+
+@pytest.mark.parametrize("held", [0, 4, 8])
+def test_what_is_computed_is_sent_before_the_cache_takes_it_in_and_once(held: int) -> None:
+    assert Looking([1, 2, 3, 4, 5, 6, 7, 8, 9], held).look() == ["sent", "cached"]
+
+
+@pytest.mark.parametrize("held", [0, 4])
+def test_where_the_cache_may_give_it_other_slots_it_is_sent_behind_it(held: int) -> None:
+    looking = Looking([1, 2, 3, 4, 5, 6, 7, 8], held)
+    looking.run.insert([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9])  # Somebody else's, meanwhile.
+    assert looking.look() == ["cached", "sent"]
+
+
+def test_another_prompt_that_parts_within_the_held_ones_changes_no_slots() -> None:
+    looking = Looking([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9], held=8)
+    looking.run.insert([1, 2, 3, 4, 7, 7, 7, 7])  # The held node is split.
+    assert looking.look() == ["sent", "cached"]
+    assert not looking.run.request.disagg_kv_sender.slots_changed
+
+
+@pytest.mark.parametrize("field", ["return_logprob", "return_sampling_mask"])
+def test_what_else_goes_with_it_is_waited_for(field: str) -> None:
+    assert Looking([1, 2, 3, 4, 5], **{field: True}).look() == ["cached", "sent"]
+
+
+def test_a_request_without_a_grant_or_with_chunks_to_come_is_not_sent_first() -> None:
+    assert Looking([1, 2, 3, 4, 5], pending_bootstrap=True).look() == ["cached"]
+    assert Looking([1, 2, 3, 4, 5], inflight_middle_chunks=1).look() == ["cached", "sent"]
