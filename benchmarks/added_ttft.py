@@ -93,7 +93,7 @@ LARGE_REPEATS = 3
 """Of those too at most: what they add is told by fewer."""
 AHEAD = ("pass", "layers")
 """Systems that are called as their `transfer.ahead` is."""
-WITH_TEXT = ("mono", "layers")
+WITH_TEXT = ("mono", "pass")
 COMPARED = (700, 3000, 8192, 12_000) * 3
 """Lengths of the prompts whose outputs are compared with mono's."""
 COMPARED_TOKENS = 16
@@ -111,8 +111,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7, help="of every cell (default 7)")
     parser.add_argument(
         "--clusters",
-        default="mono,whole,layers,nixl",
-        help="what is up at the same time, and what after it: as memory allows (default: mono,whole,layers,nixl)",
+        default="mono,pass,layers,nixl",
+        help="what is up at the same time, and what after it: as memory allows (default: mono,pass,layers,nixl)",
     )
     parser.add_argument("--keep", type=Path, help="a folder in which logs stay, and rows.json so far")
     options = parser.parse_args()

@@ -137,6 +137,10 @@ POINTS = (
     Point("decode has the pages", (DECODE,), SCHEDULER, "forward_entry_time"),
     Point("HTTP has a token", (UNIFIED, DECODE), HTTP, "first_token_time"),
 )
+CLIENT = "client has a token"
+BESIDE = "of that, beside the pass"
+"""A short prompt's pass takes as long as the CPU takes to launch it, and that is twice as long at one time as at
+another, in any worker: what disaggregation adds shows beside it."""
 LENGTHS = ("gpu_ms", "launch_ms", "launch_cpu_ms", "waits", "pushed_out")
 """Of all passes of a request together."""
 Record = dict[str, Any]
@@ -148,7 +152,7 @@ def read(files: Iterable[Path]) -> list[Record]:
 
 def timeline(records: Sequence[Record], asked: Sequence[Asked]) -> dict[str, float]:
     """Medians over these requests, one after the other: milliseconds after it was sent until each of POINTS, then
-    LENGTHS of its passes. What nobody told of is left out.
+    LENGTHS of its passes, and its time without them. What nobody told of is left out.
 
     records  of the workers of one system
     """
@@ -165,9 +169,11 @@ def _row(records: Sequence[Record], asked: Asked) -> dict[str, float]:
             tells = record["role"] in point.roles and record["who"] == point.who
             if tells and asked.sent_s <= at_s <= asked.first_s:
                 row[point.label] = 1e3 * (at_s - asked.sent_s)
-    row["client has a token"] = 1e3 * (asked.first_s - asked.sent_s)
+    row[CLIENT] = 1e3 * (asked.first_s - asked.sent_s)
     passes = [one for one in records if one["who"] == PASS and asked.sent_s <= one["began_time"] <= asked.first_s]
     for name in LENGTHS:
         if told := [one[name] for one in passes if name in one]:
             row[f"pass {name}"] = sum(told)
+    if "pass gpu_ms" in row:
+        row[BESIDE] = row[CLIENT] - row["pass gpu_ms"]
     return row
