@@ -15,6 +15,7 @@ All ways are asked in turn. Below the table: when a request was where, told by a
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
@@ -114,6 +115,12 @@ def main() -> int:
         default="mono,pass,layers,nixl",
         help="what is up at the same time, and what after it: as memory allows (default: mono,pass,layers,nixl)",
     )
+    parser.add_argument(
+        "--cells",
+        type=_cells,
+        default=CELLS,
+        help=f"some of these, by commas: {', '.join(map(str, CELLS))} (default: all)",
+    )
     parser.add_argument("--keep", type=Path, help="a folder in which logs stay, and rows.json so far")
     options = parser.parse_args()
     if not gpu_count():
@@ -131,7 +138,7 @@ def main() -> int:
             files = {name: config(folder / name, name, options.model.resolve(), flags) for name in names}
             with all_running(files) as systems:
                 ways = [way for name, system in systems.items() for way in ways_of(name, system)]
-                for cell in CELLS:
+                for cell in options.cells:
                     measure(cell, ways, options.repeats, taken, handoffs)
                     # For whoever has less time than this takes.
                     (folder / "rows.json").write_text(json.dumps(rows(taken, handoffs), indent=1))
@@ -162,6 +169,15 @@ def main() -> int:
             for cell_name, points in by_cell.items():
                 print(f"{way_name}, {cell_name} tokens, ms: {points}")
     return 0
+
+
+def _cells(text: str) -> tuple[Cell, ...]:
+    """Raises ArgumentTypeError."""
+    known = {str(cell): cell for cell in CELLS}
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"wanted some of {', '.join(known)}, found {', '.join(unknown)}")
+    return tuple(known[name] for name in names)
 
 
 def config(folder: Path, name: str, model: Path, flags: dict[str, Any]) -> Path:

@@ -92,10 +92,10 @@ class TransferSection(BaseModel):
     """Network devices that nixl uses, as UCX names them: eth0, or mlx5_0:1 for a port of an RDMA card."""
     trusted_devices: tuple[Device, ...] = ()
     """Network devices that only trusted machines reach. nixl uses no others, but for loopback."""
-    ahead: Literal["never", "pass", "layers"] = "layers"
-    """When nvlink writes pages: never before SGLang sends them; or when the GPU has computed their forward pass, which
-    spares a first token the time in which the CPU looks at the pass; or all of their layers but the last while that one
-    is computed, which also hides the copying."""
+    ahead: Literal["never", "pass", "layers"] = "pass"
+    """When nvlink writes pages: never before SGLang sends them; or when the GPU has computed their forward pass, beside
+    the CPU's looking at it; or all of their layers but the last while that one is computed, which slows it down by
+    about as much as is won (measured, see transfer/README.md)."""
     timeout_s: Seconds = 60.0
     """A hand-off that has not ended this long after its pages were granted fails."""
     silence_s: Annotated[float, Field(ge=1)] = 2.5

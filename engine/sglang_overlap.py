@@ -64,12 +64,12 @@ class OverlapHooks:
             and request.inflight_middle_chunks <= 0
             and hasattr(request.disagg_kv_sender, "slots_changed")
         ]
-        if optimistic and result.copy_done is not None:
+        # Most have been granted pages by now: what that takes is done beside the pass.
+        late = _finalized(scheduler, optimistic)
+        if late and result.copy_done is not None:
             # As SGLang does next: until then the grants still come.
             result.copy_done.synchronize()
-        for request in optimistic:
-            if request.disagg_kv_sender.poll() == KVPoll.WaitingForInput:
-                scheduler.disagg_prefill_bootstrap_queue.finalize_bootstrap(request)
+        _finalized(scheduler, late)
 
     def send(self, original: Any, scheduler: Any, request: Any, *arguments: Any, **named: Any) -> None:
         sender = request.disagg_kv_sender
@@ -110,6 +110,14 @@ class OverlapHooks:
         sender: Any = getattr(request, "disagg_kv_sender", None)
         if self._held_tokens > own_from and hasattr(sender, "slots_changed"):
             sender.slots_changed = True
+
+
+def _finalized(scheduler: Any, requests: list[Any]) -> list[Any]:
+    """Has SGLang do what it does with a request that was granted pages; returns those that were not yet."""
+    granted = [one for one in requests if one.disagg_kv_sender.poll() == KVPoll.WaitingForInput]
+    for request in granted:
+        scheduler.disagg_prefill_bootstrap_queue.finalize_bootstrap(request)
+    return [one for one in requests if one not in granted]
 
 
 def _is_ready(scheduler: Any, request: Any) -> bool:

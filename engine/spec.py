@@ -57,7 +57,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Connections to each peer over which tcp moves pages."""
     nixl_devices: tuple[str, ...] = ("lo",)
     """Network devices that NIXL may use, as UCX names them: whoever reaches one can write this worker's memory."""
-    ahead: Literal["never", "pass", "layers"] = "layers"
+    ahead: Literal["never", "pass", "layers"] = "pass"
     """When nvlink writes pages: when SGLang sends them, or when their forward pass is computed, or all of their
     layers but the last while that one is."""
     renew_s: float = 1.0

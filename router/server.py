@@ -7,6 +7,7 @@ end it within STOP_S, with exit code 0: streams of the dashboard end at once, re
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -77,6 +78,9 @@ def run(spec: RouterSpec) -> None:
     except OSError as error:
         found = "one in use" if error.errno == errno.EADDRINUSE else error.strerror
         _refuse(f"router.port: wanted a free port on {section.host}, found {found}: {section.port}")
+    # What is there now stays: a garbage collector that looks at it stops all requests meanwhile.
+    gc.collect()
+    gc.freeze()
     with bound:
         Server(router).run(sockets=[bound])
 

@@ -78,30 +78,35 @@ def test_pages_are_asked_for_aside_where_the_overlap_is_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pending", "chunks", "state", "found"),
+    ("pending", "chunks", "granted", "found", "waits"),
     [
-        (True, 0, "granted", True),
-        (False, 0, "granted", False),
-        (True, 1, "granted", False),
-        (True, 0, "offered", False),
+        (True, 0, "before", True, False),
+        (True, 0, "meanwhile", True, True),
+        (True, 0, "never", False, True),
+        (False, 0, "before", False, False),
+        (True, 1, "before", False, False),
     ],
 )
-def test_a_request_that_was_granted_pages_meanwhile_is_sent_with_the_others(
-    pending: bool, chunks: int, state: str, found: bool
+def test_a_request_that_is_granted_pages_until_its_pass_is_over_is_sent_with_the_others(
+    pending: bool, chunks: int, granted: str, found: bool, waits: bool
 ) -> None:
     from sglang.srt.disaggregation.base.conn import KVPoll
 
     run = Run()
-    polled = KVPoll.WaitingForInput if state == "granted" else KVPoll.Bootstrapping
-    run.request.disagg_kv_sender.poll = lambda: polled
+    waited: list[bool] = []
+
+    def poll() -> int:
+        is_granted = granted == "before" or (granted == "meanwhile" and bool(waited))
+        return int(KVPoll.WaitingForInput if is_granted else KVPoll.Bootstrapping)
+
+    run.request.disagg_kv_sender.poll = poll
     run.request.pending_bootstrap, run.request.inflight_middle_chunks = pending, chunks
     ready: list[Any] = []
     run.scheduler.disagg_prefill_bootstrap_queue = SimpleNamespace(finalize_bootstrap=ready.append)
     result = SimpleNamespace(copy_done=SimpleNamespace(synchronize=lambda: waited.append(True)))
-    waited: list[bool] = []
     run.hooks.granted(run.scheduler, SimpleNamespace(reqs=[run.request]), result)
     assert (ready == [run.request]) is found
-    assert waited == [True] * (pending and not chunks), "a grant may come until the pass is over"
+    assert bool(waited) is waits
 
 
 def test_a_request_to_which_the_cache_gave_other_pages_waits_once() -> None:

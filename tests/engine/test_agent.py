@@ -33,6 +33,9 @@ class Site:
     def __init__(self, key: ClusterKey) -> None:
         self.key = key
         self.registrations: list[wire.Registration] = []
+        self.freezes = 0
+        self.freezing = 200
+        """What the engine answers to that."""
         self.url = ""
 
     @asynccontextmanager
@@ -40,6 +43,7 @@ class Site:
         app = web.Application()
         app.router.add_get("/server_info", _server_info)
         app.router.add_get("/v1/loads", _loads)
+        app.router.add_post("/freeze_gc", self._freeze)
         app.router.add_post("/internal/register", self._register)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
@@ -50,6 +54,11 @@ class Site:
             yield self
         finally:
             await runner.cleanup()
+
+    async def _freeze(self, _: web.Request) -> web.Response:
+        assert all(registration.state == "starting" for registration in self.registrations)
+        self.freezes += 1
+        return web.Response(status=self.freezing)
 
     async def _register(self, request: web.Request) -> web.Response:
         body = await request.read()
@@ -120,6 +129,20 @@ def test_a_worker_is_starting_until_its_engine_speaks_then_ready_with_the_engine
             running_requests=2, waiting_requests=1, waiting_uncached_tokens=40, used_tokens=640
         )
         assert site.registrations[-1].leaving
+        assert site.freezes == 1
+
+    run(work, tmp_path)
+
+
+def test_an_engine_that_does_not_freeze_is_ready_nevertheless(tmp_path: Path) -> None:
+    async def work(site: Site, spec: WorkerSpec, key: ClusterKey) -> None:
+        site.freezing = 404
+        agent = Agent(spec, epoch=77, key=key)
+        await asyncio.to_thread(agent.start)
+        agent.engine_ready()
+        await site.until(lambda registration: registration.state == "ready")
+        await asyncio.to_thread(agent.close)
+        assert site.freezes == 1
 
     run(work, tmp_path)
 
