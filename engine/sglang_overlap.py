@@ -6,12 +6,14 @@ request's slots were changed just before: the cache found that it held the same 
 its own pages.
 
 A request that was computed before decode had pages for it is sent, where it has by then, with the others of its pass.
-SGLang would send it once it has written its statistics and log. And whatever is computed is sent before the cache takes
-the prompt in, which takes it milliseconds, where the cache cannot give it other slots.
+SGLang would send it once it has written its statistics and log. And all that a pass has computed is sent before the
+cache takes any of it in, which takes it milliseconds, where the cache cannot give it other slots.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,6 +39,10 @@ class OverlapHooks:
         """What the cache had of a prompt that was put into it last."""
         self._scheduler: Any = None
         """While it looks at the result of a pass."""
+        self._sent: list[Callable[[], None]] = []
+        """What has the cache take in what was sent of this pass."""
+        self._growing: set[tuple[int, Any]] = set()
+        """Where it will: a node, and the page that follows it."""
 
     def register(self) -> None:
         scheduler = "sglang.srt.managers.scheduler.Scheduler."
@@ -46,12 +52,14 @@ class OverlapHooks:
         HookRegistry.register(scheduler + "maybe_send_cached_prefix_chunk", self.send_early, HookType.AROUND)
         HookRegistry.register(cache + "insert", self.inserted, HookType.AFTER)
         HookRegistry.register(cache + "cache_unfinished_req", self.cached, HookType.AROUND)
+        HookRegistry.register(cache + "cache_finished_req", self.released, HookType.BEFORE)
 
     def result(self, original: Any, scheduler: Any, batch: Any, result: Any) -> None:
         self.granted(scheduler, batch, result)
         self._scheduler = scheduler
         try:
             original(scheduler, batch, result)
+            self._take_in()
         finally:
             self._scheduler = None
 
@@ -100,11 +108,34 @@ class OverlapHooks:
         self._held_tokens = result.prefix_len
 
     def cached(self, original: Any, cache: Any, request: Any, *arguments: Any, **named: Any) -> None:
+        take_in = functools.partial(self._cached, original, cache, request, *arguments, **named)
+        ready = self._scheduler is not None and _is_ready(self._scheduler, request)
+        place = _grows(cache, request) if ready else None
+        if place is None or place in self._growing:
+            # It comes behind those before it. The cache may have more of the prompt than it gave the request, also of
+            # another one of this pass: it frees the request's own slots then, and they may be another's before they
+            # are read.
+            self._take_in()
+            take_in()
+            return
+        self._scheduler.send_kv_chunk(request, last_chunk=True)
+        # As SGLang will do next.
+        request.disagg_kv_sender.sent_first = True
+        self._growing.add(place)
+        self._sent.append(take_in)
+
+    def released(self, *_arguments: Any, **_named: Any) -> None:
+        """What a request leaves behind in the cache comes behind what was sent of others."""
+        self._take_in()
+
+    def _take_in(self) -> None:
+        sent, self._sent = self._sent, []
+        self._growing.clear()
+        for take_in in sent:
+            take_in()
+
+    def _cached(self, original: Any, cache: Any, request: Any, *arguments: Any, **named: Any) -> None:
         own_from = request.cache_protected_len
-        if self._scheduler is not None and _is_ready(self._scheduler, request) and keeps_its_slots(cache, request):
-            self._scheduler.send_kv_chunk(request, last_chunk=True)
-            # As SGLang will do next.
-            request.disagg_kv_sender.sent_first = True
         self._held_tokens = 0
         original(cache, request, *arguments, **named)
         sender: Any = getattr(request, "disagg_kv_sender", None)
@@ -132,11 +163,14 @@ def _is_ready(scheduler: Any, request: Any) -> bool:
     )
 
 
-def keeps_its_slots(cache: Any, request: Any) -> bool:
-    """Whether the cache has no more of the prompt than it gave the request: else it frees the request's own slots, and
-    they may be another's before they are read."""
+def _grows(cache: Any, request: Any) -> tuple[int, Any] | None:
+    """Where the cache takes in what a request has computed: the node that it was given, and the page that follows it.
+    None where something follows it there already, or nobody knows."""
     if type(cache) is not RadixCache or cache.disable:
-        return False
+        return None
     key = RadixKey(request.get_fill_ids(), request.extra_key, is_bigram=cache.is_eagle).page_aligned(cache.page_size)
     own = key[request.cache_protected_len :]
-    return len(own) == 0 or own.child_key(cache.page_size) not in request.last_node.children
+    if len(own) == 0:
+        return id(request), None
+    page = own.child_key(cache.page_size)
+    return None if page in request.last_node.children else (id(request.last_node), page)

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 # SGLang warns of what a CPU lacks when it is imported.
@@ -146,73 +148,136 @@ def test_what_the_cache_had_is_sent_early_where_it_does_not_go_ahead(overlap: bo
     assert asides == ([False] if sent else []), "never aside: its slots are just being written"
 
 
-class Looking:
-    """A scheduler that looks at the result of a pass of one request, as SGLang's does."""
+class Pass:
+    """A scheduler that looks at the result of a pass, as SGLang's does, request by request."""
 
-    def __init__(self, prompt: list[int], held: int = 0, **request: Any) -> None:
-        """held: so many tokens of it were cached when the request was scheduled"""
+    def __init__(self) -> None:
+        self.run = Run()
+        self.run.scheduler.send_kv_chunk = self.send
+        self.run.scheduler.spec_algorithm = SimpleNamespace(is_none=lambda: True)
+        self.requests: list[Any] = []
+        self.order: list[tuple[str, int]] = []
+        self.freed: dict[int, int] = {}
+        """Slots of each request's own that the cache freed, as it had them already."""
+
+    def add(self, prompt: list[int], **fields: Any) -> Pass:
+        """A request that is scheduled now: what the cache has of it is not computed again."""
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
-        self.run = Run()
-        self.run.request.disagg_kv_sender.sent_first = False
-        if held:
-            self.run.insert(prompt[:held])
-        key = RadixKey(array("q", prompt[:held]), None)
-        node = self.run.cache.match_prefix(MatchPrefixParams(key=key)).last_device_node
-        fields: dict[str, Any] = {"pending_bootstrap": False, "inflight_middle_chunks": 0, "return_logprob": False}
-        fields |= {"return_sampling_mask": False, "extra_key": None, "last_node": node, "cache_protected_len": held}
-        vars(self.run.request).update(fields | request)
-        self.run.request.get_fill_ids = lambda: array("q", prompt)
-        self.prompt = prompt
-        self.order: list[str] = []
-        self.run.scheduler.send_kv_chunk = self.send
-        self.run.scheduler.spec_algorithm = SimpleNamespace(is_none=lambda: True)
+        match = self.run.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", prompt[:-1]), None)))
+        made: dict[str, Any] = {"pending_bootstrap": False, "inflight_middle_chunks": 0, "return_logprob": False}
+        made |= {"return_sampling_mask": False, "extra_key": None, "number": len(self.requests)}
+        made |= {"last_node": match.last_device_node, "cache_protected_len": len(match.device_indices)}
+        sender = SimpleNamespace(slots_changed=False, leaves_ahead=True, sent_first=False)
+        request = SimpleNamespace(disagg_kv_sender=sender, **(made | fields))
+        request.get_fill_ids = lambda: array("q", prompt)
+        self.requests.append(request)
+        return self
 
     def send(self, request: Any, last_chunk: bool) -> None:
         assert last_chunk
-        note = lambda *_arguments, **_named: self.order.append("sent")  # noqa: E731
+        note = lambda *_arguments, **_named: self.order.append(("sent", request.number))  # noqa: E731
         self.run.hooks.send(note, self.run.scheduler, request)
 
-    def look(self) -> list[str]:
-        def insert(_cache: Any, _request: Any) -> None:
-            self.run.hooks.inserted(self.run.insert(self.prompt), self.run.cache)
-            self.order.append("cached")
+    def insert(self, _cache: Any, request: Any) -> None:
+        result = self.run.insert(list(request.get_fill_ids()))
+        self.run.hooks.inserted(result, self.run.cache)
+        self.freed[request.number] = max(0, result.prefix_len - request.cache_protected_len)
+        self.order.append(("cached", request.number))
 
+    def look(self) -> list[tuple[str, int]]:
         def process(scheduler: Any, _batch: Any, _result: Any) -> None:
-            self.run.hooks.cached(insert, self.run.cache, self.run.request)
-            if not self.run.request.pending_bootstrap:
-                scheduler.send_kv_chunk(self.run.request, last_chunk=True)
+            for request in self.requests:
+                self.run.hooks.cached(self.insert, self.run.cache, request)
+                if not request.pending_bootstrap:
+                    scheduler.send_kv_chunk(request, last_chunk=True)
 
         batch = SimpleNamespace(reqs=[])
         self.run.hooks.result(process, self.run.scheduler, batch, SimpleNamespace(copy_done=None))
         return self.order
 
 
+PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
 @pytest.mark.parametrize("held", [0, 4, 8])
 def test_what_is_computed_is_sent_before_the_cache_takes_it_in_and_once(held: int) -> None:
-    assert Looking([1, 2, 3, 4, 5, 6, 7, 8, 9], held).look() == ["sent", "cached"]
+    one = Pass()
+    one.run.insert(PROMPT[:held])
+    assert one.add(PROMPT).look() == [("sent", 0), ("cached", 0)]
+
+
+def test_all_of_a_pass_is_sent_before_the_cache_takes_any_of_it_in() -> None:
+    one = Pass().add(PROMPT).add([2, *PROMPT]).add([3, *PROMPT])
+    assert one.look() == [("sent", 0), ("sent", 1), ("sent", 2), ("cached", 0), ("cached", 1), ("cached", 2)]
 
 
 @pytest.mark.parametrize("held", [0, 4])
 def test_where_the_cache_may_give_it_other_slots_it_is_sent_behind_it(held: int) -> None:
-    looking = Looking([1, 2, 3, 4, 5, 6, 7, 8], held)
-    looking.run.insert([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9])  # Somebody else's, meanwhile.
-    assert looking.look() == ["cached", "sent"]
+    one = Pass()
+    one.run.insert(PROMPT[:held])
+    one.add(PROMPT)
+    one.run.insert([*PROMPT[:8], 9, 9, 9, 9])  # Somebody else's, meanwhile.
+    assert one.look() == [("cached", 0), ("sent", 0)]
+
+
+def test_of_two_equal_prompts_in_a_pass_the_second_is_sent_when_the_cache_has_the_first() -> None:
+    one = Pass().add(PROMPT).add(PROMPT)
+    assert one.look() == [("sent", 0), ("cached", 0), ("cached", 1), ("sent", 1)]
+    assert one.freed == {0: 0, 1: 8}
 
 
 def test_another_prompt_that_parts_within_the_held_ones_changes_no_slots() -> None:
-    looking = Looking([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9], held=8)
-    looking.run.insert([1, 2, 3, 4, 7, 7, 7, 7])  # The held node is split.
-    assert looking.look() == ["sent", "cached"]
-    assert not looking.run.request.disagg_kv_sender.slots_changed
+    one = Pass()
+    one.run.insert(PROMPT[:8])
+    one.add([*PROMPT[:8], 9, 9, 9, 9])
+    one.run.insert([1, 2, 3, 4, 7, 7, 7, 7])  # The held node is split.
+    assert one.look() == [("sent", 0), ("cached", 0)]
+    assert one.freed == {0: 0}
+
+
+def test_a_request_that_leaves_its_prompt_in_the_cache_comes_behind_what_was_sent() -> None:
+    one = Pass().add(PROMPT)
+
+    def process(scheduler: Any, _batch: Any, _result: Any) -> None:
+        one.run.hooks.cached(one.insert, one.run.cache, one.requests[0])
+        assert one.order == [("sent", 0)]
+        one.run.hooks.released(one.run.cache, one.requests[0])
+        assert one.order == [("sent", 0), ("cached", 0)]
+
+    one.run.hooks.result(process, one.run.scheduler, SimpleNamespace(reqs=[]), SimpleNamespace(copy_done=None))
+    assert one.order == [("sent", 0), ("cached", 0)]
 
 
 @pytest.mark.parametrize("field", ["return_logprob", "return_sampling_mask"])
 def test_what_else_goes_with_it_is_waited_for(field: str) -> None:
-    assert Looking([1, 2, 3, 4, 5], **{field: True}).look() == ["cached", "sent"]
+    assert Pass().add(PROMPT, **{field: True}).look() == [("cached", 0), ("sent", 0)]
 
 
 def test_a_request_without_a_grant_or_with_chunks_to_come_is_not_sent_first() -> None:
-    assert Looking([1, 2, 3, 4, 5], pending_bootstrap=True).look() == ["cached"]
-    assert Looking([1, 2, 3, 4, 5], inflight_middle_chunks=1).look() == ["cached", "sent"]
+    assert Pass().add(PROMPT, pending_bootstrap=True).look() == [("cached", 0)]
+    assert Pass().add(PROMPT, inflight_middle_chunks=1).look() == [("cached", 0), ("sent", 0)]
+
+
+tokens = st.lists(st.integers(1, 2), min_size=1, max_size=13)
+
+
+@settings(max_examples=300, deadline=None)
+@given(cached=st.lists(tokens, max_size=3), prompts=st.lists(tokens, min_size=1, max_size=5), meanwhile=st.data())
+def test_no_slot_is_freed_that_was_sent_before_in_whatever_pass(
+    cached: list[list[int]], prompts: list[list[int]], meanwhile: st.DataObject
+) -> None:
+    one = Pass()
+    for other in cached:
+        one.run.insert(other)
+    for prompt in prompts:
+        one.add(prompt, pending_bootstrap=meanwhile.draw(st.booleans(), "without a grant"))
+        for other in meanwhile.draw(st.lists(tokens, max_size=1), "somebody else's"):
+            one.run.insert(other)
+    order = one.look()
+    for request in one.requests:
+        said = [word for word, number in order if number == request.number]
+        assert sorted(said) == (["cached"] if request.pending_bootstrap else ["cached", "sent"])
+        if said[0] == "sent":
+            assert one.freed[request.number] == 0
