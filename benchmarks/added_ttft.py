@@ -302,7 +302,7 @@ def spans_of_newest(url: str, count: int) -> dict[str, float]:
 
 
 def ahead_pages(cluster: Cluster) -> int:
-    """Pages that left while later layers were computed, over all hand-offs."""
+    """Pages that left before SGLang sent them, over all hand-offs."""
     with urllib.request.urlopen(f"{cluster.url}/metrics", timeout=10) as response:
         lines = response.read().decode().splitlines()
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith("mainstem_handoff_ahead_pages_total"))

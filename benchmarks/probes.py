@@ -15,7 +15,7 @@ def probed(folder: Path, name: str, register: str, file_variable: str, *, alone:
     alone          without Mainstem's plug-in
     """
     package = folder / f"mainstem_{name}-0.dist-info"
-    package.mkdir(parents=True)
+    package.mkdir(parents=True, exist_ok=True)
     (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mainstem-{name}\nVersion: 0\n")
     (package / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {register}\n")
     here = [str(folder), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

@@ -56,13 +56,17 @@ class Probe:
         self._tell(HTTP, stats.disagg_mode_str(), _times(stats))
 
     def over(self, request: Any) -> None:
+        computing = []
         for one in self._passes:
             if one.events is not None:
                 began, ended = one.events
-                ended.synchronize()
+                if not ended.query():
+                    # Later: to wait for it would keep the scheduler from what it does beside a pass.
+                    computing.append(one)
+                    continue
                 one.told["gpu_ms"] = began.elapsed_time(ended)
             self._tell(PASS, one.role, one.told)
-        self._passes.clear()
+        self._passes = computing
         self._tell(SCHEDULER, request.time_stats.disagg_mode_str(), _times(request.time_stats))
 
     def run_batch(self, original: Any, scheduler: Any, batch: Any, *arguments: Any, **named: Any) -> Any:
@@ -71,10 +75,10 @@ class Probe:
         events = _events(scheduler)
         began_s, cpu_s, before = time.perf_counter(), time.thread_time(), resource.getrusage(resource.RUSAGE_THREAD)
         if events is not None:
-            events[0].record(scheduler.forward_stream)
+            events[0].record(_stream(scheduler))
         result = original(scheduler, batch, *arguments, **named)
         if events is not None:
-            events[1].record(scheduler.forward_stream)
+            events[1].record(_stream(scheduler))
         ended_s, ended_cpu_s = time.perf_counter(), time.thread_time()
         after = resource.getrusage(resource.RUSAGE_THREAD)
         told = {
@@ -99,6 +103,13 @@ def _events(scheduler: Any) -> tuple[Any, Any] | None:
     if torch.device(scheduler.device).type != "cuda":
         return None
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def _stream(scheduler: Any) -> Any:
+    """In which a pass is computed."""
+    import torch
+
+    return scheduler.forward_stream if scheduler.enable_overlap else torch.cuda.current_stream()
 
 
 def _times(stats: Any) -> dict[str, float]:

@@ -17,7 +17,7 @@ class Events:
     """Of one pass, as `Computed` has them. `nearly`: all layers but the last one are.
 
     Not each when it is computed: a link that is kept busy all the time slows down what is computed (measured, see
-    transfer/README.md), and in the time of the last layer all the others are over it.
+    transfer/README.md), and in the time of the last layer most of the others are over it.
     """
 
     before: Any

@@ -8,8 +8,8 @@
                                         what was computed before this pass is sent, and now this one's pages may leave
 
 A route copies in order: pages of a pass that is yet to be computed must not go before those of the one before it are
-sent. So with SGLang's overlap, which begins a pass before it looks at the result of the last one, they wait for that,
-and for requests that were computed before decode had pages for them.
+confirmed. So with SGLang's overlap, which begins a pass before it looks at the result of the last one, they wait for
+that.
 Which pages they are is known to the GPU first; to ask it would be to wait for the pass before, so it is told to say
 (`SlotReader`), and by the time that the pages may leave it has.
 

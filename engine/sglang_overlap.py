@@ -39,8 +39,8 @@ class OverlapHooks:
         """What the cache had of a prompt that was put into it last."""
         self._scheduler: Any = None
         """While it looks at the result of a pass."""
-        self._sent: list[Callable[[], None]] = []
-        """What has the cache take in what was sent of this pass."""
+        self._sent: list[Callable[[], bool]] = []
+        """What has the cache take in what was sent of this pass; see `_cached`."""
         self._growing: set[tuple[int, Any]] = set()
         """Where it will: a node, and the page that follows it."""
 
@@ -62,6 +62,8 @@ class OverlapHooks:
             self._take_in()
         finally:
             self._scheduler = None
+            self._sent.clear()
+            self._growing.clear()
 
     def granted(self, scheduler: Any, batch: Any, result: Any) -> None:
         """Finds the optimistic requests to which decode has granted pages while their last chunk was computed."""
@@ -132,15 +134,20 @@ class OverlapHooks:
         sent, self._sent = self._sent, []
         self._growing.clear()
         for take_in in sent:
-            take_in()
+            if take_in():
+                # A cache that does what it did not do when this was written. Nobody must decode from such pages.
+                raise RuntimeError("the cache gave a prompt other slots after its own were sent")
 
-    def _cached(self, original: Any, cache: Any, request: Any, *arguments: Any, **named: Any) -> None:
+    def _cached(self, original: Any, cache: Any, request: Any, *arguments: Any, **named: Any) -> bool:
+        """Whether the cache had more of the prompt than it gave the request, and so gives it other slots now."""
         own_from = request.cache_protected_len
         self._held_tokens = 0
         original(cache, request, *arguments, **named)
         sender: Any = getattr(request, "disagg_kv_sender", None)
-        if self._held_tokens > own_from and hasattr(sender, "slots_changed"):
+        changed = bool(self._held_tokens > own_from)
+        if changed and hasattr(sender, "slots_changed"):
             sender.slots_changed = True
+        return changed
 
 
 def _finalized(scheduler: Any, requests: list[Any]) -> list[Any]:

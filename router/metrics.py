@@ -141,7 +141,7 @@ class _Collector:
         moved = CounterMetricFamily("mainstem_handoff_bytes", "KV moved", labels=labels)
         pages = CounterMetricFamily("mainstem_handoff_pages", "Pages moved", labels=labels)
         ahead = CounterMetricFamily(
-            "mainstem_handoff_ahead_pages", "Of them, those that left while later layers were computed", labels=labels
+            "mainstem_handoff_ahead_pages", "Of them, those that left before SGLang sent them", labels=labels
         )
         handover = CounterMetricFamily(
             "mainstem_handoff_handover_seconds",

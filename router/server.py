@@ -78,11 +78,12 @@ def run(spec: RouterSpec) -> None:
     except OSError as error:
         found = "one in use" if error.errno == errno.EADDRINUSE else error.strerror
         _refuse(f"router.port: wanted a free port on {section.host}, found {found}: {section.port}")
+    server = Server(router)
     # What is there now stays: a garbage collector that looks at it stops all requests meanwhile.
     gc.collect()
     gc.freeze()
     with bound:
-        Server(router).run(sockets=[bound])
+        server.run(sockets=[bound])
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What is used of CUDA: memory of another process, one kernel, its stream. Over NVIDIA's own bindings.
+"""What is used of CUDA: memory of another process, a kernel, streams, events. Over NVIDIA's own bindings.
 
 Everything belongs to the device's primary context, which is the one that torch uses, so that pages
 need no translation. A thread has to be told of it once (`Device.use`).

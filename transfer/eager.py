@@ -25,6 +25,8 @@ class EagerTransport:
         self.ahead_writes: list[int] = []
         """Pages of each."""
         self.again_pages = 0
+        self.settlings = 0
+        """How often somebody waited for what was begun."""
         self.computed = threading.Event()
         """Cleared by who wants that it is still under way."""
         self.computed.set()
@@ -67,6 +69,7 @@ class _EagerRoute:
         self._transport.confirmed_pages += pages
 
     async def settled(self) -> None:
+        self._transport.settlings += 1
         while not self._transport.computed.is_set():
             await asyncio.sleep(_LOOK_S)
         await self._inner.settled()

@@ -25,7 +25,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     writing_s: float = 0.0
     """Of that, the time in which pages were written, and the last ones waited for. 0 where the hand-off failed."""
     ahead_pages: int = 0
-    """Of the pages, those that left while later layers were still being computed. 0 where the hand-off failed."""
+    """Of the pages, those that left before they were sent. 0 where the hand-off failed."""
     opening_s: float = 0.0
     """Of took_s, until decode had pages to grant: it connects, and finds room. 0 where the hand-off failed."""
     computing_s: float = 0.0

@@ -118,7 +118,7 @@ class Last(msgspec.Struct, frozen=True, array_like=True, tag="last"):
     writing_s: float = 0.0
     """How long prefill was writing pages, without the time in which it computed them: what the link can do."""
     ahead_pages: int = 0
-    """Of the pages, those that left while later layers were still being computed."""
+    """Of the pages, those that left before they were sent."""
     computing_s: float = 0.0
     """From the grant until the last pages were there to be sent: prefill's queue and its compute."""
 

@@ -23,7 +23,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -336,8 +336,9 @@ class NvlinkRoute:
         except CudaFailed as error:
             raise self._failed(error) from error
         finally:
-            for event in events:
-                self._device.destroy_event(event)
+            with suppress(CudaFailed):  # Told above.
+                for event in events:
+                    self._device.destroy_event(event)
 
     async def disconnect(self) -> None:
         self._lost = self._lost or "nvlink: disconnected"
@@ -395,7 +396,7 @@ class NvlinkRoute:
             self._watching = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
-        """Without haste: only an abort waits for it, and each look takes the interpreter from the scheduler."""
+        """Without haste: only the route's end waits for it, and each look takes the interpreter from the scheduler."""
         try:
             while not self._job.idle:
                 await asyncio.sleep(WATCH_S)

@@ -9,7 +9,8 @@
                            <──  Ack arrives: state is DONE
 
 A peer's writer does one thing at a time, in order, but for the answer to a Stop: that waits until what was begun before
-it is over, while others' pages go on. No write of a room begins once the room has ended, so none follows its Stopped.
+it is over, while others' pages go on. It stands in the queue behind all writes of its room, and one that comes later
+finds that the room has ended: so none follows its Stopped.
 """
 
 from __future__ import annotations
@@ -135,6 +136,10 @@ class _Peer:
         self.transport = transport
         self.route = route
         self.jobs: asyncio.Queue[_Write | _WriteAhead | _Say] = asyncio.Queue()
+        self.unsaid: list[handoff.Message] = []
+        """What waits until all that was begun is over."""
+        self.saying = False
+        """Whether somebody sees to that."""
 
 
 class Sender:
@@ -450,8 +455,11 @@ class Sender:
             while True:
                 job = await peer.jobs.get()
                 if isinstance(job, _Say):
-                    # Not here: what was begun may end with a whole forward pass, and others' pages need not wait.
-                    self._courier.spawn(self._say(peer, job.message))
+                    peer.unsaid.append(job.message)
+                    if not peer.saying:
+                        # Not here: what was begun may end with a whole forward pass, and others' pages need not wait.
+                        peer.saying = True
+                        self._courier.spawn(self._say(peer))
                 elif isinstance(job, _WriteAhead):
                     await self._write_ahead(peer, job)
                 else:
@@ -462,14 +470,20 @@ class Sender:
             # Whatever ended it: a connection on which nobody writes is none.
             peer.connection.cut()
 
-    async def _say(self, peer: _Peer, message: handoff.Message) -> None:
+    async def _say(self, peer: _Peer) -> None:
         """Behind all that was begun: what is said so is that this side has stopped, or will not go on."""
         try:
-            await peer.route.settled()
-            await peer.connection.send(message)
+            while peer.unsaid:
+                messages, peer.unsaid = peer.unsaid, []
+                await peer.route.settled()
+                await peer.connection.send(*messages)
+            peer.saying = False
         except (PeerLost, RouteLost) as error:
             log.info("not said worker=%s reason=%s", peer.name, error)
-            peer.connection.cut()
+        finally:
+            if peer.saying:
+                # Decode waits for these words.
+                peer.connection.cut()
 
     async def _write_ahead(self, peer: _Peer, write: _WriteAhead) -> None:
         early: list[tuple[Pages, Pages]] = []

@@ -7,7 +7,7 @@
     write        prefill: a list of pages, under a tag
     write_ahead, confirm, write_again
                  prefill, where the route can: pages that are still being computed; that they were; that they changed
-    settled      prefill: nothing that was begun is under way
+    settled      prefill: what was begun until now is over
     expect, coming, landed
                  decode: where a tag's pages go; that they are about to come; that all are there
     fence        decode: nothing lands under a tag any more

@@ -147,7 +147,7 @@ class HandoffTotals(msgspec.Struct, frozen=True, array_like=True):
     """Tokens that were not moved, as decode held them already."""
     took_s: float = 0.0
     ahead_pages: int = 0
-    """Of the pages, those that left while later layers were still being computed."""
+    """Of the pages, those that left before they were sent."""
     handover_s: float = 0.0
     """Of took_s, what the hand-offs themselves took, beside finding pages for them and computing them."""
 

@@ -197,6 +197,19 @@ def test_a_stop_waits_for_what_is_computed_and_nobody_waits_for_the_stop(pair: P
     eventually(lambda: pair.receiver.state(ROOM) is ReceiverState.FAILED)
 
 
+def test_many_stops_wait_together(pair: Pair) -> None:
+    rooms = range(ROOM, ROOM + 20)
+    for number, room in enumerate(rooms):
+        pair.begin(room, [10 + number])
+    pair.eager[0].computed.clear()
+    for room in rooms:
+        pair.receiver.fail(room, "gave up")
+    eventually(lambda: all(pair.sender.state(room) is SenderState.FAILED for room in rooms))
+    pair.eager[0].computed.set()
+    eventually(lambda: all(pair.receiver.state(room) is ReceiverState.FAILED for room in rooms))
+    assert pair.eager[0].settlings <= 3
+
+
 class _Shared:
     """One pair for all of hypothesis's examples: to connect takes longer than an example."""
 
