@@ -42,11 +42,15 @@ def test_another_prefix_goes_to_the_other_worker(live: Cluster) -> None:
     """While the first one is computed: which of two idle workers is the better one, by some per cent, is learned."""
     with ThreadPoolExecutor() as clients:
         running = clients.submit(asked, live, sentence(102, PREFIX_WORDS))
-        time.sleep(0.3)
+        while not any(worker["outstanding_uncached_tokens"] for worker in get_json(live.url, "/api/state")["workers"]):
+            assert not running.done(), "it was to be computed while the other one is sent"
+            time.sleep(0.02)
         other = asked(live, sentence(103, PREFIX_WORDS))
         first = running.result()
 
-    assert {first.prefill, other.prefill} == {"prefill-0", "prefill-1"}
+    newest = get_json(live.url, "/api/state")["requests"][0]
+    why = get_json(live.url, f"/api/explain/{newest['id']}")["decision"]
+    assert {first.prefill, other.prefill} == {"prefill-0", "prefill-1"}, why
 
 
 def test_a_prompt_seen_before_is_cached_but_for_its_last_page(live: Cluster) -> None:
