@@ -12,7 +12,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,9 @@ def register() -> None:
 class _Pass:
     role: str
     told: dict[str, float]
-    events: tuple[Any, Any] | None
-    """On the GPU, around it."""
+    began: Any
+    """An event of the GPU's, as `ended`; None where there is no GPU."""
+    ended: Any
 
 
 class Probe:
@@ -58,13 +59,12 @@ class Probe:
     def over(self, request: Any) -> None:
         computing = []
         for one in self._passes:
-            if one.events is not None:
-                began, ended = one.events
-                if not ended.query():
+            if one.ended is not None:
+                if not one.ended.query():
                     # Later: to wait for it would keep the scheduler from what it does beside a pass.
                     computing.append(one)
                     continue
-                one.told["gpu_ms"] = began.elapsed_time(ended)
+                one.told["gpu_ms"] = one.began.elapsed_time(one.ended)
             self._tell(PASS, one.role, one.told)
         self._passes = computing
         self._tell(SCHEDULER, request.time_stats.disagg_mode_str(), _times(request.time_stats))
@@ -72,13 +72,11 @@ class Probe:
     def run_batch(self, original: Any, scheduler: Any, batch: Any, *arguments: Any, **named: Any) -> Any:
         if not batch.forward_mode.is_extend():
             return original(scheduler, batch, *arguments, **named)
-        events = _events(scheduler)
+        record = _recorder(scheduler)
         began_s, cpu_s, before = time.perf_counter(), time.thread_time(), resource.getrusage(resource.RUSAGE_THREAD)
-        if events is not None:
-            events[0].record(_stream(scheduler))
+        began = record()
         result = original(scheduler, batch, *arguments, **named)
-        if events is not None:
-            events[1].record(_stream(scheduler))
+        ended = record()
         ended_s, ended_cpu_s = time.perf_counter(), time.thread_time()
         after = resource.getrusage(resource.RUSAGE_THREAD)
         told = {
@@ -88,7 +86,7 @@ class Probe:
             "waits": float(after.ru_nvcsw - before.ru_nvcsw),
             "pushed_out": float(after.ru_nivcsw - before.ru_nivcsw),
         }
-        self._passes.append(_Pass(batch.reqs[0].time_stats.disagg_mode_str(), told, events))
+        self._passes.append(_Pass(batch.reqs[0].time_stats.disagg_mode_str(), told, began, ended))
         return result
 
     def _tell(self, who: str, role: str, told: dict[str, float]) -> None:
@@ -97,19 +95,20 @@ class Probe:
             file.write(line + "\n")
 
 
-def _events(scheduler: Any) -> tuple[Any, Any] | None:
+def _recorder(scheduler: Any) -> Callable[[], Any]:
+    """What puts an event into the stream in which a pass is computed, and returns it; None where there is no GPU."""
     import torch
 
     if torch.device(scheduler.device).type != "cuda":
-        return None
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        return lambda: None
+    from engine.sglang_layers import stream_of
 
+    def record() -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream_of(scheduler))
+        return event
 
-def _stream(scheduler: Any) -> Any:
-    """In which a pass is computed."""
-    import torch
-
-    return scheduler.forward_stream if scheduler.enable_overlap else torch.cuda.current_stream()
+    return record
 
 
 def _times(stats: Any) -> dict[str, float]:

@@ -68,7 +68,7 @@ class LayerHooks:
         if not self._going:
             return original(scheduler, batch, *arguments, **named)
         passes = manager.passes
-        passes.begin(_stream_of(scheduler).cuda_stream)
+        passes.begin(stream_of(scheduler).cuda_stream)
         if manager.by_layers:
             self._passes = passes
         try:
@@ -139,5 +139,6 @@ def _manager_of(scheduler: Any) -> Any:
     return manager if getattr(manager, "passes", None) is not None else None
 
 
-def _stream_of(scheduler: Any) -> Any:
+def stream_of(scheduler: Any) -> Any:
+    """The one in which a pass is computed."""
     return scheduler.forward_stream if scheduler.enable_overlap else torch.cuda.current_stream()

@@ -26,6 +26,8 @@ from engine.sglang_slots import SlotReader
 
 _KNOWN_CACHES = (RadixCache, ChunkCache)
 """Of which it is known when they change a request's slots. What a kind of one does is not."""
+_Place = tuple[int, Any]
+"""In a radix cache: a node, and the page that follows it."""
 
 
 class OverlapHooks:
@@ -39,10 +41,8 @@ class OverlapHooks:
         """What the cache had of a prompt that was put into it last."""
         self._scheduler: Any = None
         """While it looks at the result of a pass."""
-        self._sent: list[Callable[[], bool]] = []
-        """What has the cache take in what was sent of this pass; see `_cached`."""
-        self._growing: set[tuple[int, Any]] = set()
-        """Where it will: a node, and the page that follows it."""
+        self._sent: dict[_Place, Callable[[], bool]] = {}
+        """What has the cache take in what was sent of this pass, and where it will; see `_cached`."""
 
     def register(self) -> None:
         scheduler = "sglang.srt.managers.scheduler.Scheduler."
@@ -63,7 +63,6 @@ class OverlapHooks:
         finally:
             self._scheduler = None
             self._sent.clear()
-            self._growing.clear()
 
     def granted(self, scheduler: Any, batch: Any, result: Any) -> None:
         """Finds the optimistic requests to which decode has granted pages while their last chunk was computed."""
@@ -113,7 +112,7 @@ class OverlapHooks:
         take_in = functools.partial(self._cached, original, cache, request, *arguments, **named)
         ready = self._scheduler is not None and _is_ready(self._scheduler, request)
         place = _grows(cache, request) if ready else None
-        if place is None or place in self._growing:
+        if place is None or place in self._sent:
             # It comes behind those before it. The cache may have more of the prompt than it gave the request, also of
             # another one of this pass: it frees the request's own slots then, and they may be another's before they
             # are read.
@@ -123,17 +122,15 @@ class OverlapHooks:
         self._scheduler.send_kv_chunk(request, last_chunk=True)
         # As SGLang will do next.
         request.disagg_kv_sender.sent_first = True
-        self._growing.add(place)
-        self._sent.append(take_in)
+        self._sent[place] = take_in
 
     def released(self, *_arguments: Any, **_named: Any) -> None:
         """What a request leaves behind in the cache comes behind what was sent of others."""
         self._take_in()
 
     def _take_in(self) -> None:
-        sent, self._sent = self._sent, []
-        self._growing.clear()
-        for take_in in sent:
+        sent, self._sent = self._sent, {}
+        for take_in in sent.values():
             if take_in():
                 # A cache that does what it did not do when this was written. Nobody must decode from such pages.
                 raise RuntimeError("the cache gave a prompt other slots after its own were sent")
@@ -170,7 +167,7 @@ def _is_ready(scheduler: Any, request: Any) -> bool:
     )
 
 
-def _grows(cache: Any, request: Any) -> tuple[int, Any] | None:
+def _grows(cache: Any, request: Any) -> _Place | None:
     """Where the cache takes in what a request has computed: the node that it was given, and the page that follows it.
     None where something follows it there already, or nobody knows."""
     if type(cache) is not RadixCache or cache.disable:
