@@ -1,10 +1,11 @@
 """TTFT that disaggregation adds on GPUs: a prefill and a decode worker beside one SGLang that does both.
 
 The same flags, the same run, prompts as token ids on every side, each prompt new. `mono` asks the one worker; `direct`
-sends both legs to the pair by hand; `router` asks the router. `added` is a way's median minus mono's. `whole` is
-a pair whose pages leave when SGLang sends them, `pass` one whose pages leave when the GPU has computed their forward
-pass, `layers` one all of whose layers but the last leave while that one is computed; `nixl` is SGLang's own pair,
-without any of us.
+sends both legs to the pair by hand, and waits for decode's first token; `router` asks the router, which passes on
+prefill's, and `router, decode's` asks it so that it does not. `added` is a way's median minus mono's. `whole` is a pair
+whose pages leave when SGLang sends them, `pass` one whose pages leave when the GPU has computed their forward pass,
+`layers` one all of whose layers but the last leave while that one is computed; `nixl` is SGLang's own pair, without
+any of us.
 "8 x" is eight requests at once: the median is over all of them. "fragmented": after many requests of all lengths, so
 that pages lie anywhere. "text": the prompt is text, about a token a word, which workers and router tokenize.
 By the router also where the time went: in the router until it sent the request on (with text: rendering, tokenizing),
@@ -95,6 +96,8 @@ LARGE_REPEATS = 3
 AHEAD = ("pass", "layers")
 """Systems that are called as their `transfer.ahead` is."""
 WITH_TEXT = ("mono", "pass")
+DECODES = {"x-mainstem-resume": "never"}
+"""Of a stream that may not go on elsewhere, the router takes no first token from prefill."""
 COMPARED = (700, 3000, 8192, 12_000) * 3
 """Lengths of the prompts whose outputs are compared with mono's."""
 COMPARED_TOKENS = 16
@@ -212,6 +215,8 @@ class Way:
     takes_text: bool
     url: str | None = None
     """The router's, which tells of its requests' hand-offs; None where it was not asked."""
+    said_by: str = "prefill"
+    """Whose its first token is, by the router."""
     chooser: random.Random = field(default_factory=random.Random)
     """Of prompts, others for each way: a cached one would be another measurement."""
     churned: bool = False
@@ -231,15 +236,14 @@ def ways_of(name: str, system: System, max_tokens: int = MAX_TOKENS) -> list[Way
         url = f"http://{worker.host}:{worker.port}"
         return [Way("mono", name, lambda prompt: complete(url, model, prompt, max_tokens, ignore_eos=True), text)]
     pair = Pair.of(by_role["prefill"], by_role["decode"])
+
+    def routed(headers: dict[str, str]) -> Ask:
+        return lambda prompt: complete(cluster.url, model, prompt, max_tokens, headers, ignore_eos=True)
+
     return [
         Way(f"{name}, direct", name, lambda prompt: direct(pair, model, prompt, max_tokens), text),
-        Way(
-            f"{name}, router",
-            name,
-            lambda prompt: complete(cluster.url, model, prompt, max_tokens, ignore_eos=True),
-            text,
-            cluster.url,
-        ),
+        Way(f"{name}, router", name, routed({}), text, cluster.url),
+        Way(f"{name}, router, decode's", name, routed(DECODES), text, cluster.url, "decode"),
     ]
 
 
@@ -279,7 +283,7 @@ def measure(cell: Cell, ways: list[Way], repeats: int, taken: Taken, handoffs: H
                 taken[way.name, cell] += once(way, cell, threads)
     for way in taking:
         if way.url is not None:
-            handoffs[way.name, cell] = spans_of_newest(way.url, len(taken[way.name, cell]))
+            handoffs[way.name, cell] = spans_of_newest(way.url, len(taken[way.name, cell]), way.said_by)
         report.progress(f"  {way.name}, {cell} tokens: {1e3 * statistics.median(ttfts(way.name, cell, taken)):.1f} ms")
 
 
@@ -292,9 +296,13 @@ def once(way: Way, cell: Cell, threads: ThreadPoolExecutor) -> list[Asked]:
     return [Asked(one.sent_s, one.sent_s + one.first_s) for one in answers if one.first_s is not None]
 
 
-def spans_of_newest(url: str, count: int) -> dict[str, float]:
+def spans_of_newest(url: str, count: int, said_by: str) -> dict[str, float]:
+    """Of so many requests whose first token was this worker's. Raises SystemExit where there is none."""
     time.sleep(TOLD_S)
-    newest = get_json(url, "/api/state")["requests"][:count]
+    shown = get_json(url, "/api/state")["requests"]
+    newest = [one for one in shown if one["first_token_from"] == said_by][:count]
+    if not newest:
+        raise SystemExit(f"added_ttft: wanted first tokens from {said_by}, found none among {len(shown)} requests")
     spans = {ROUTER_SPAN: statistics.median(one[ROUTER_SPAN] for one in newest)}
     told = [get_json(url, f"/api/explain/{one['id']}")["handoff"] for one in newest]
     known = [one for one in told if one and one["handover_s"] is not None]

@@ -49,10 +49,12 @@ class Answer:
         return int(self.usage.get("prompt_tokens", 0))
 
 
-def ask(url: str, path: str, body: dict[str, Any], timeout_s: float = 300.0) -> Answer:
+def ask(
+    url: str, path: str, body: dict[str, Any], timeout_s: float = 300.0, headers: dict[str, str] | None = None
+) -> Answer:
     """Sends the body as a streaming request and reads the stream to its end. Never raises: see `error`."""
     payload = streaming(body)
-    return ask_ready(url, path, payload, time.perf_counter(), timeout_s)
+    return ask_ready(url, path, payload, time.perf_counter(), timeout_s, headers)
 
 
 def streaming(body: dict[str, Any]) -> str:
@@ -60,13 +62,20 @@ def streaming(body: dict[str, Any]) -> str:
     return json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
 
 
-def ask_ready(url: str, path: str, payload: str, started_s: float, timeout_s: float = 300.0) -> Answer:
+def ask_ready(
+    url: str,
+    path: str,
+    payload: str,
+    started_s: float,
+    timeout_s: float = 300.0,
+    headers: dict[str, str] | None = None,
+) -> Answer:
     """As `ask`, with a body that is ready, and a clock that began at `started_s` of `time.perf_counter`."""
     target = urlsplit(url)
     answer = Answer(sent_s=started_s)
     connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=timeout_s)
     try:
-        connection.request("POST", path, payload, {"content-type": "application/json"})
+        connection.request("POST", path, payload, {"content-type": "application/json", **(headers or {})})
         response = connection.getresponse()
         answer.status = response.status
         answer.headers = {name.lower(): value for name, value in response.getheaders()}
@@ -88,10 +97,17 @@ def chat(url: str, model: str, messages: list[dict[str, str]], max_tokens: int, 
     return ask(url, "/v1/chat/completions", body)
 
 
-def complete(url: str, model: str, prompt: str | list[int], max_tokens: int, **fields: Any) -> Answer:
+def complete(
+    url: str,
+    model: str,
+    prompt: str | list[int],
+    max_tokens: int,
+    headers: dict[str, str] | None = None,
+    **fields: Any,
+) -> Answer:
     """A completion request at temperature 0."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **fields}
-    return ask(url, "/v1/completions", body)
+    return ask(url, "/v1/completions", body, headers=headers)
 
 
 def post_json(url: str, path: str, body: dict[str, Any], timeout_s: float = 300.0) -> Any:

@@ -3,12 +3,14 @@
 The shape of llm-d's shared-prefix benchmark, for one model of 8B dimensions on two GPUs: groups of requests that share
 a system prompt, each with a question of its own; arrivals at random (Poisson), the same ones for every system.
 
-    mainstem          one prefill and one decode worker of ours behind our router
-    sglang nixl       the same of SGLang's own, over NIXL; this program sends both legs, so its router takes no time
-    both, robin       two workers that do both, asked in turn by this program: a router that takes no time
-    both, mainstem    the same two behind our prefix routing
+    mainstem                one prefill and one decode worker of ours behind our router
+    sglang nixl             the same of SGLang's own over NIXL; this program sends both legs, so no router takes time
+    sglang nixl, by role    and with the flags that our workers get for their roles
+    both, robin             two workers that do both, asked in turn by this program: a router that takes no time
+    both, mainstem          the same two behind our prefix routing
 
-All workers are up at the same time, and idle but for those that are measured. Each load is a run of its own on prompts
+All workers are up at the same time, and idle but for those that are measured; with `--apart` only those, so that their
+pools may be as large as they would be (`--pool-tokens`). Each load is a run of its own on prompts
 that no run before had; a system's capacity is the largest load of which 90 % met both. With one GPU for all workers no
 link is crossed: then this says that it works.
 """
@@ -31,7 +33,7 @@ import yaml
 from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main
 from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
-from benchmarks.gpu_systems import NIXL, System, all_running
+from benchmarks.gpu_systems import NIXL, NIXL_BY_ROLE, System, all_running
 from benchmarks.legs import Pair
 from benchmarks.reference import VOCABULARY
 from benchmarks.streams import Client, Stream, percentile, session
@@ -52,7 +54,7 @@ COLUMNS = {
     "p90": "ttft_p90_ms",
     "ITL p99 ms": "itl_p99_ms",
 }
-SYSTEMS = ("mainstem", "sglang nixl", "both, robin", "both, mainstem")
+SYSTEMS = ("mainstem", "sglang nixl", "sglang nixl, by role", "both, robin", "both, mainstem")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals in each run (default 12)")
     parser.add_argument("--answer-tokens", type=int, default=250, help="of each answer (default 250)")
     parser.add_argument("--pool-tokens", type=int, default=130_000, help="KV slots of each worker (default 130,000)")
+    parser.add_argument("--apart", action="store_true", help="only the workers that are measured are up")
     parser.add_argument("--systems", default=";".join(SYSTEMS), help="which, by semicolons (default all)")
     parser.add_argument("--keep", type=Path, help="a folder in which logs stay")
     options = parser.parse_args()
@@ -101,16 +104,25 @@ def main() -> int:
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
-        files = {group: cluster_file(folder / group, group, options) for group in dict.fromkeys(map(group_of, names))}
-        with all_running(files) as systems:
-            for name in names:
-                if group_of(name) in systems:
-                    results += asyncio.run(measure(name, targets(name, systems[group_of(name)]), options))
+        groups = list(dict.fromkeys(map(group_of, names)))
+        for up in [[group] for group in groups] if options.apart else [groups]:
+            with all_running({group: cluster_file(folder / group, group, options) for group in up}) as systems:
+                for name in names:
+                    if group_of(name) in systems:
+                        results += asyncio.run(measure(name, targets(name, systems[group_of(name)]), options))
     link = "two GPUs" if gpu_count() > 1 else "one GPU for all workers: no link is crossed"
     objective = {"ttft_s": TTFT_S, "itl_p99_s": ITL_S, "met": MET}
     load = {"groups": GROUPS, "prefix_tokens": PREFIX_TOKENS, "question_tokens": QUESTION_TOKENS}
     load |= {"answer_tokens": options.answer_tokens, "seconds": options.seconds}
-    result = {"gpus": machine.gpus(), "between": link, "objective": objective, "load": load, "results": results}
+    pools = {"tokens": options.pool_tokens, "apart": options.apart}
+    result = {
+        "gpus": machine.gpus(),
+        "between": link,
+        "objective": objective,
+        "load": load,
+        "pools": pools,
+        "results": results,
+    }
     report.publish(result, tuple(COLUMNS), [[row[key] for key in COLUMNS.values()] for row in results], options.json)
     for name in names if not options.json else ():
         met = [row["rate"] for row in results if row["system"] == name and row["met"] >= MET]
@@ -120,7 +132,8 @@ def main() -> int:
 
 def group_of(name: str) -> str:
     """What has to be up for this system."""
-    return {"mainstem": "pair", "sglang nixl": NIXL}.get(name, "both")
+    groups = {"mainstem": "pair", "sglang nixl": NIXL, "sglang nixl, by role": NIXL_BY_ROLE}
+    return groups.get(name, "both")
 
 
 def cluster_file(folder: Path, group: str, options: argparse.Namespace) -> Path:

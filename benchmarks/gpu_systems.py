@@ -15,7 +15,9 @@ from engine.launch.cluster import Cluster
 from engine.launch.errors import LaunchFailed
 
 NIXL = "nixl"
-"""SGLang's own pair; every other name is a cluster of ours."""
+"""SGLang's own pair; every other name but NIXL_BY_ROLE is a cluster of ours."""
+NIXL_BY_ROLE = "nixl-by-role"
+"""The same with the flags that our workers get for their roles."""
 System = Cluster | Pair
 
 
@@ -23,7 +25,9 @@ System = Cluster | Pair
 def all_running(files: dict[str, Path]) -> Iterator[dict[str, System]]:
     """Those that started, all at the same time; one that did not is told of, and missing."""
     runs: dict[str, AbstractContextManager[System]] = {
-        name: sglang_pair(file) if name == NIXL else running(file, state_dir=file.parent)
+        name: sglang_pair(file, by_role=name == NIXL_BY_ROLE)
+        if name in (NIXL, NIXL_BY_ROLE)
+        else running(file, state_dir=file.parent)
         for name, file in files.items()
     }
     with ThreadPoolExecutor(len(runs)) as threads, ExitStack() as up:

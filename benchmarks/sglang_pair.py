@@ -31,12 +31,14 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
 
 
 @contextmanager
-def sglang_pair(cluster_file: Path) -> Iterator[Pair]:
+def sglang_pair(cluster_file: Path, by_role: bool = False) -> Iterator[Pair]:
     """Both, ready; their logs beside the file. Raises LaunchFailed.
 
-    cluster_file  of gpu_config: the same model, environment, flags for every worker; what it says of one role is ours
+    cluster_file  of gpu_config: the same model, environment, flags for every worker
+    by_role       also those that are for one role only: decode's prefix cache, prefill that waits for no decode worker
     """
     tree = yaml.safe_load(cluster_file.read_text())
+    groups = {group["role"]: group.get("engine", {}) for group in tree["workers"]} if by_role else {}
     ports = free_ports(3)
     environment = {**os.environ, **ENVIRONMENT, **tree.get("environment", {})}
     with ExitStack() as up:
@@ -44,6 +46,7 @@ def sglang_pair(cluster_file: Path) -> Iterator[Pair]:
         for number, (role, port) in enumerate(zip(("prefill", "decode"), ports[:2], strict=True)):
             flags = {
                 **tree["engine"],
+                **groups.get(role, {}),
                 "model-path": tree["model"]["path"],
                 "served-model-name": tree["model"]["served_name"],
                 "host": HOST,

@@ -145,6 +145,7 @@ POINTS = (
     Point("decode's scheduler has it", (DECODE,), SCHEDULER, "scheduler_recv_time"),
     Point("decode has found pages", (DECODE,), SCHEDULER, "decode_transfer_queue_entry_time"),
     Point("decode has the pages", (DECODE,), SCHEDULER, "forward_entry_time"),
+    Point("prefill's HTTP has a token", (PREFILL,), HTTP, "first_token_time"),
     Point("HTTP has a token", (UNIFIED, DECODE), HTTP, "first_token_time"),
 )
 CLIENT = "client has a token"

@@ -1,7 +1,8 @@
-"""A decode worker says a request's first token when it has come, not when it has built the batch that goes on with it.
+"""Who streams says a first token when it has it: prefill when it is computed, decode when it has come with the pages.
 
-The token comes with the pages. SGLang 0.5.16 first builds a batch for the request, which for a long prompt takes some
-milliseconds, and says it then. A token after which the request is over is said by SGLang, as it knows why.
+SGLang 0.5.16 says it later. Prefill waits until the pages are handed over, and a router that does not want to wait for
+that asks it for a stream. Decode first builds a batch for the request, which for a long prompt takes some milliseconds.
+A token after which the request is over is said by SGLang, as it knows why.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 
 class FirstTokenHooks:
-    """Act in a worker whose KV manager has a receiver, which a decode worker of ours has."""
+    """Act in a decode worker whose KV manager has a receiver, as ours has; on prefill's requests with a sender of ours,
+    which has `slots_changed`."""
 
     def __init__(self) -> None:
         self._prebuilt = False
@@ -27,6 +29,25 @@ class FirstTokenHooks:
         HookRegistry.register(queue + "pop_transferred", self.transferred, HookType.AFTER)
         HookRegistry.register(processor + "process_batch_result_prebuilt", self.prebuilt, HookType.AROUND)
         HookRegistry.register(streamer + "stream_output", self.stream_output, HookType.AROUND)
+
+    def computed(self, scheduler: Any, batch: Any, result: Any) -> None:
+        """Prefill has the result of a pass, and SGLang has not looked at it yet: it will send pages first."""
+        tokens = {}
+        for place, request in enumerate(batch.reqs):
+            ours = hasattr(request.disagg_kv_sender, "slots_changed")
+            if ours and request.stream and not request.inflight_middle_chunks > 0 and not request.to_finish:
+                tokens[place] = request
+        if not tokens:
+            return
+        if result.copy_done is not None:
+            result.copy_done.synchronize()
+        made = result.next_token_ids.tolist()
+        ready = [request for place, request in tokens.items() if _begins(request, made[place])]
+        if ready:
+            scheduler.output_streamer.stream_output(ready, False)
+        for request in ready:
+            # SGLang will put it there.
+            request.output_ids.pop()
 
     def transferred(self, requests: Sequence[Any], queue: Any, *_later: Any, **_more: Any) -> None:
         """These requests have their pages, and a token each."""
@@ -50,6 +71,22 @@ class FirstTokenHooks:
         if self._prebuilt:
             requests = [one for one in requests if one.finished() or one.send_token_offset < len(one.output_ids)]
         original(streamer, requests, *arguments, **named)
+
+
+def _begins(request: Any, token: int) -> bool:
+    """`_goes_on` with this token, which it has then; else it is as it was."""
+    # SGLang lets prefill make one token. How many the client wants is known to who asked prefill for a stream.
+    sampling, limit = request.sampling_params, request.sampling_params.max_new_tokens
+    request.output_ids.append(token)
+    sampling.max_new_tokens = limit + 1
+    goes_on = _goes_on(request)
+    sampling.max_new_tokens = limit
+    if goes_on:
+        return True
+    request.output_ids.pop()
+    # What prefill's requests end with is up to SGLang.
+    request.finished_reason = request.finished_len = None
+    return False
 
 
 def _goes_on(request: Any) -> bool:

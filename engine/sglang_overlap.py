@@ -33,8 +33,10 @@ _Place = tuple[int, Any]
 class OverlapHooks:
     """Act on requests with a sender of ours, which has `slots_changed`."""
 
-    def __init__(self, reader: SlotReader) -> None:
+    def __init__(self, reader: SlotReader, computed: Callable[[Any, Any, Any], None]) -> None:
+        """computed  told of each pass (scheduler, batch, result) before anything is sent of it"""
         self._reader = reader
+        self._computed = computed
         self._early = False
         """Whether what is being sent was in the cache before its pass: its slots are just being written."""
         self._held_tokens = 0
@@ -56,6 +58,7 @@ class OverlapHooks:
 
     def result(self, original: Any, scheduler: Any, batch: Any, result: Any) -> None:
         self.granted(scheduler, batch, result)
+        self._computed(scheduler, batch, result)
         self._scheduler = scheduler
         try:
             original(scheduler, batch, result)

@@ -11,7 +11,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     decode's own cached prefix     -> not counted as prefill that was saved, sound where the pool runs full
     how far a forward pass is      -> engine.sglang_layers
     a pass while the next one runs -> engine.sglang_overlap
-    decode's first token           -> engine.sglang_first_token
+    a first token                  -> engine.sglang_first_token
     one rank asks itself           -> engine.sglang_polls
     a step behind freed pages      -> engine.sglang_landing
     nothing to compute             -> engine.sglang_idle
@@ -70,8 +70,9 @@ def register() -> None:
     HookRegistry.register(events + "_record_all_cleared_event", hooks.cleared, HookType.AROUND)
     reader = SlotReader()
     LayerHooks(reader).register()
-    OverlapHooks(reader).register()
-    FirstTokenHooks().register()
+    first_tokens = FirstTokenHooks()
+    first_tokens.register()
+    OverlapHooks(reader, first_tokens.computed).register()
     LandingHook().register()
     IdleHook().register()
     sglang_token_ids.register()

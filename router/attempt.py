@@ -1,9 +1,10 @@
 """One pair's try at a request: both legs at once, until the client has its answer or the pair has failed.
 
-    prefill leg ── 200: the pages were delivered ──┐
-                                                   ├──> lifecycle.step ──> DONE, FAILED, ENDED
-    decode leg ─── tokens ─> Delivery ─> client ───┘
-    worker lost or moved, deadlines, client gone ──^
+                   ┌ first token ─┐
+    prefill leg ───┴── its end: the pages were delivered ──┐
+                                  │                        ├──> lifecycle.step ──> DONE, FAILED, ENDED
+    decode leg ─── tokens ─> Delivery ─> client ───────────┘
+    worker lost or moved, deadlines, client gone ──────────^
 
 Whatever ends it early ends both legs: an abort to both workers, at once and without waiting for them, and closed
 connections.
@@ -24,6 +25,7 @@ from router.client import ClientGone
 from router.deadlines import Patience
 from router.delivery import Delivery
 from router.faults import BETWEEN, Fault, LegFailed, refused
+from router.first_token import STREAM_OPTIONS, FirstToken, Said, wants_usage
 from router.fleet import Worker
 from router.lifecycle import LIVE, Event, Phase, step
 from router.openai import ClientRequest, Handoff, engine_rids, leg_body
@@ -60,6 +62,7 @@ class Asked:
     ids      tokens of the prompt, and of the answer so far; None: the engine renders it itself
     more     fields of this attempt alone
     trace    its `traceparent`
+    early    the client's first token is prefill's to say
     """
 
     rid: str
@@ -68,6 +71,7 @@ class Asked:
     handoff: Handoff | None
     more: Mapping[str, Any] = field(default_factory=dict)
     trace: str = ""
+    early: bool = False
 
 
 class Attempt:
@@ -75,7 +79,8 @@ class Attempt:
 
     prefilled       told when the pages were delivered, with what prefill says it used
     prefill_failed  told when they were not, or nobody listens any more
-    token           told when the first token comes
+    token           told when a worker says the first token: which, and what its cache had of the prompt, if it says so.
+                    Of prefill, where that was the client's first; of decode, always
     stall_s         a stream that has begun and then says nothing for so long has failed
     """
 
@@ -89,7 +94,7 @@ class Attempt:
         *,
         prefilled: Callable[[Seen], None],
         prefill_failed: Callable[[], None],
-        token: Callable[[], None],
+        token: Callable[[Worker, int | None], None],
         stall_s: float,
     ) -> None:
         self.plan = plan
@@ -98,6 +103,8 @@ class Attempt:
         """What passes of decode's answer, where it is one."""
         self.delivered_ids: list[int] = []
         """Tokens of the text that the client was sent."""
+        self._writing = asyncio.Lock()
+        """Held by the leg whose piece is on its way to the client."""
         self.seen = Seen() if self.stream is None else self.stream.seen
         """What decode's answer says of itself."""
         self._asked = asked
@@ -220,12 +227,14 @@ class Attempt:
         return failed
 
     async def _prefill(self) -> None:
-        """The prefill leg: its 200 means that the pages were delivered."""
+        """The prefill leg: that it ends well means that the pages were delivered."""
         worker = self.plan.prefill
-        body = self._body(keep_stream=False)
         try:
-            raw, _ = await self._whole(worker, body)
-            seen = whole(raw)
+            if self.stream is not None and self._asked.early:
+                seen = await self._opened(worker, self.stream)
+            else:
+                raw, _ = await self._whole(worker, self._body(keep_stream=False))
+                seen = whole(raw)
             if seen.failure is not None:
                 raise refused(worker.name, seen.failure)
             # Of the one token that it makes, nothing is said; of the prompt, all.
@@ -236,6 +245,30 @@ class Attempt:
             self._on_prefill_failed()
             raise
         self._on_prefilled(seen)
+
+    async def _opened(self, worker: Worker, decodes: TokenStream) -> Seen:
+        """Prefill's answer as a stream, whose first token goes to the client unless decode was sooner."""
+        first = FirstToken(self._asked.ids or [], wants_usage(self._asked.request.body))
+        response = await self._open(worker, self._body(keep_stream=True, stream_options=STREAM_OPTIONS))
+        try:
+            while not first.stream.done and (piece := await self._upstream.read(worker.name, response)):
+                if (said := first.feed(piece)) is not None:
+                    await self._open_with(said, decodes, response.headers)
+            if first.stream.seen.finish_reason is None and first.stream.seen.failure is None:
+                raise LegFailed(worker.name, Fault.BROKEN, f"{worker.name} ended its answer before its end")
+            await self._to_its_end(worker, response)
+        finally:
+            response.close()
+        return first.stream.seen
+
+    async def _open_with(self, said: Said, decodes: TokenStream, headers: Mapping[str, str]) -> None:
+        async with self._writing:
+            if decodes.begun:
+                return
+            decodes.told(said.token, said.text)
+            self._on_token(self.plan.prefill, said.cached_tokens)
+            await self._delivery.write(said.events, headers)
+            self.delivered_ids.append(said.token)
 
     async def _decode(self) -> None:
         """The decode leg: its answer goes to the client."""
@@ -254,15 +287,17 @@ class Attempt:
         response = await self._open(self.plan.decode, body)
         try:
             while piece := await self._next(stream, response):
-                passing = stream.feed(piece)
-                if stream.seen.failure is not None:
-                    break
-                if passing:
-                    self._token()
-                    passed = stream.ids[len(self.delivered_ids) :]
-                    # A client that reads slowly makes this wait; where it is given up meanwhile, nothing was sent.
-                    await self._delivery.write(passing, response.headers)
-                    self.delivered_ids += passed
+                async with self._writing:
+                    passing = stream.feed(piece)
+                    if stream.seen.failure is not None:
+                        break
+                    if stream.begun:
+                        self._token()
+                    if passing:
+                        passed = stream.ids[len(self.delivered_ids) :]
+                        # A client that reads slowly makes this wait; where it is given up meanwhile, nothing was sent.
+                        await self._delivery.write(passing, response.headers)
+                        self.delivered_ids += passed
                 if stream.done:
                     break
             passing = stream.end()
@@ -271,12 +306,15 @@ class Attempt:
             await self._delivery.end(passing if stream.done else passing + DONE, response.headers)
             # A client that has read the last word may close at once: that is no loss.
             self._happened(Event.ANSWERED)
-            with contextlib.suppress(TimeoutError, LegFailed):
-                async with asyncio.timeout(LAST_S):
-                    # To its end, so that the connection can be used again.
-                    await self._upstream.read_all(self.plan.decode.name, response)
+            await self._to_its_end(self.plan.decode, response)
         finally:
             response.close()
+
+    async def _to_its_end(self, worker: Worker, response: aiohttp.ClientResponse) -> None:
+        """Behind an answer's last word: so that the connection can be used again."""
+        with contextlib.suppress(TimeoutError, LegFailed):
+            async with asyncio.timeout(LAST_S):
+                await self._upstream.read_all(worker.name, response)
 
     async def _next(self, stream: TokenStream, response: aiohttp.ClientResponse) -> bytes:
         """The next bytes of a stream; b"" at its end, or where only the words that say so are missing."""
@@ -296,7 +334,7 @@ class Attempt:
     def _token(self) -> None:
         if self.phase is not Phase.STREAMING:
             self._happened(Event.TOKEN)
-            self._on_token()
+            self._on_token(self.plan.decode, None)
 
     def _check(self, seen: Seen) -> None:
         """Raises LegFailed where an answer of status 200 is none."""
@@ -315,9 +353,10 @@ class Attempt:
         if wrong := untrue(seen.usage, ids, seen.finish_reason, wanted, sure):
             raise LegFailed(worker, Fault.UNTRUE, f"{worker} {wrong}")
 
-    def _body(self, *, keep_stream: bool) -> bytes:
+    def _body(self, *, keep_stream: bool, **more: Any) -> bytes:
         asked = self._asked
-        return leg_body(asked.request, asked.rid, asked.ids, asked.handoff, asked.more, keep_stream=keep_stream)
+        fields = {**asked.more, **more}
+        return leg_body(asked.request, asked.rid, asked.ids, asked.handoff, fields, keep_stream=keep_stream)
 
     async def _whole(self, worker: Worker, body: bytes) -> tuple[bytes, Mapping[str, str]]:
         """An answer in one piece, and its headers."""

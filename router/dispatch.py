@@ -5,7 +5,8 @@
               └────────────┘
 
 Until the client has a first token, nothing is said to it, and a failure of either worker costs it time alone. After
-that the stream goes on from the tokens that it has. What cannot be mended is an HTTP error, or the last event of a
+that the stream goes on from the tokens that it has. That first token is prefill's, said while its pages are on their
+way, where a stream could go on (`resume.forbids`). What cannot be mended is an HTTP error, or the last event of a
 stream that has begun.
 """
 
@@ -312,13 +313,15 @@ class Dispatcher:
             plan.prefill.health.went_well()
             self._admission.changed()
 
-        def token() -> None:
+        def token(by: Worker, cached_tokens: int | None) -> None:
             now_s = self._clock_s()
             if record.ttft_s is None and request.stream:
                 record.ttft_s = now_s - record.started_s
+                record.first_token_from = "decode" if by is plan.decode else "prefill"
             if request.stream:
-                self._placement.prefilled(flight, now_s)
-            plan.decode.health.went_well()
+                self._placement.prefilled(flight, now_s, cached_tokens)
+                self._admission.changed()
+            by.health.went_well()
 
         asked = Asked(
             rid=rid,
@@ -327,6 +330,7 @@ class Dispatcher:
             handoff=handoff,
             more=remaining(run.request, len(run.delivery.ids)) if run.delivery.ids else {},
             trace=run.trace.parent(rid),
+            early=self._early(run, plan),
         )
         attempt = Attempt(
             plan,
@@ -357,6 +361,18 @@ class Dispatcher:
             raise
         finally:
             self._settle(run, attempt, flight, well)
+
+    def _early(self, run: _Run, plan: Plan) -> bool:
+        """Whether prefill says the first token: where the stream could go on elsewhere, should the hand-off fail."""
+        return (
+            self._section.first_token_from == "prefill"
+            and self._limits.resumes > 0
+            and not plan.alone
+            and run.prompt.ids is not None
+            and run.request.max_new_tokens != 1
+            and not run.delivery.begun
+            and not forbids(run.request)
+        )
 
     def _patience(self, run: _Run, plan: Plan, expected_s: float) -> Patience:
         section = self._section
@@ -411,7 +427,7 @@ class Dispatcher:
             hindrance=self._hindrance(run, run.attempt),
             # Of which nobody has seen anything: that is bounded by how many pairs there are.
             retries=sum(one.then == Next.RETRY and not one.unseen for one in run.record.tries),
-            resumes=sum(one.then == Next.RESUME for one in run.record.tries),
+            resumes=sum(one.then == Next.RESUME and not one.unseen for one in run.record.tries),
         )
         if isinstance(failed, LegFailed) and failed.fault is Fault.UNTRUE and situation.begun:
             # Nobody knows what the client has.

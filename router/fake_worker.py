@@ -51,6 +51,7 @@ FIRST_TOKEN = 1_000_000
 PAGE_BYTES = 1024
 """What a page of KV is said to take."""
 _HOST = "127.0.0.1"
+NOT_HANDED_OVER = "Prefill transfer failed for request rank=0: HandoffFailed(simulated)"
 DEADLINE_S = 30.0
 """A hand-off or a hang that nobody ends is ended by then."""
 
@@ -82,7 +83,7 @@ class Fault(StrEnum):
     SHORT = "short"
     """It ends one token before what was asked for, and says that this is all."""
     HANDOFF = "handoff"
-    """HTTP 500, as an engine says that a hand-off failed."""
+    """HTTP 500, as an engine says that a hand-off failed; in a stream, an error event behind the first token."""
     APART = "apart"
     """HTTP 500, as a decode worker says that it has no connection to the prefill worker."""
     STALL = "stall"
@@ -148,6 +149,8 @@ class FakeWorker:
     fault: Fault = Fault.NONE
     marks: bool = True
     """Whether the events of its streams say which tokens they are, as those of our engines do."""
+    late_token: bool = False
+    """Whether, as a prefill worker, it says its token at the end of a stream, as an engine does that is not ours."""
     faults_left: FaultsLeft | None = None
     """How many requests go wrong before all go well; workers may share it. None: all."""
     silent_s: float = 0.0
@@ -170,6 +173,9 @@ class FakeWorker:
         self.gate = asyncio.Event()
         """Cleared, it holds every stream after its second token."""
         self.gate.set()
+        self.handing_over = asyncio.Event()
+        """Cleared, it holds every prefill's stream between its token and the delivery of its pages."""
+        self.handing_over.set()
 
     async def start(self) -> None:
         context = zmq.asyncio.Context.instance()
@@ -359,8 +365,8 @@ class FakeWorker:
         match fault:
             case Fault.ERROR:
                 return _flat_error(500, "simulated: out of memory")
-            case Fault.HANDOFF:
-                return _flat_error(500, "Prefill transfer failed for request rank=0: HandoffFailed(simulated)")
+            case Fault.HANDOFF if not (self.role == "prefill" and body.get("stream")):
+                return _flat_error(500, NOT_HANDED_OVER)
             case Fault.APART:
                 reason = "cannot reach the prefill worker at 127.0.0.1:1: simulated"
                 return _flat_error(500, f"Decode handshake failed for request rank=0 with exception {reason}")
@@ -380,6 +386,8 @@ class FakeWorker:
             self._check_life(body)
         if self.role != "decode":
             cached = await self._prefill(ids, body)
+        if self.role == "prefill" and body.get("stream"):
+            return await self._first_token(request, body, self._counted(ids, fault), _generated(ids), cached, fault)
         if self.role == "prefill":
             self.handoffs.deliver(body["bootstrap_room"])
             return web.json_response(_answer(self.model, request.path, "x", self._counted(ids, fault), 1, cached))
@@ -472,21 +480,14 @@ class FakeWorker:
         cached: int,
         fault: Fault,
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
-        await response.prepare(request)
+        response = await self._begun(request)
         chat = request.path.startswith("/v1/chat")
         if fault is Fault.ERROR_EVENT_FIRST:
             await response.write(_error_event("simulated: prefill failed"))
             return response
-        if chat:
-            opening = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-            await response.write(_event(self.model, body["rid"], [{"index": 0, **opening}]))
+        await response.write(self._opening(chat, body))
         for number in numbers:
-            delta = {"delta": {"content": f"t{number} "}} if chat else {"text": f"t{number} "}
-            more = "+" if number == numbers[-1] else str(FIRST_TOKEN + number)
-            mark = f"mainstem: {more}\n".encode() if self.marks else b""
-            event = _event(self.model, body["rid"], [{"index": 0, **delta, "finish_reason": None}])
-            await response.write(mark + event)
+            await response.write(self._token(chat, body, number, last=number == numbers[-1]))
             if number == numbers[0]:
                 continue
             await self._wait(_rid(body), self.gate.wait())
@@ -505,13 +506,64 @@ class FakeWorker:
                     return response
                 case Fault.STALL:
                     await self._wait(_rid(body), asyncio.Event().wait())
-        last: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
-        await response.write(_event(self.model, body["rid"], [{"index": 0, **last, "finish_reason": "length"}]))
-        if (body.get("stream_options") or {}).get("include_usage"):
-            usage = _usage(prompt_tokens, len(numbers), cached)
-            await response.write(_event(self.model, body["rid"], [], usage))
-        await response.write(b"data: [DONE]\n\n")
+        await response.write(self._ending(chat, body, _usage(prompt_tokens, len(numbers), cached)))
         return response
+
+    async def _first_token(
+        self,
+        request: web.Request,
+        body: dict[str, Any],
+        prompt_tokens: int,
+        number: int,
+        cached: int,
+        fault: Fault,
+    ) -> web.StreamResponse:
+        """Prefill's answer as a stream: the first token, when it is computed, and the end, when the pages are there."""
+        response = await self._begun(request)
+        chat = request.path.startswith("/v1/chat")
+        usage = _usage(prompt_tokens, 1, cached)
+        if not self.late_token:
+            await response.write(self._opening(chat, body))
+            await response.write(self._token(chat, body, number, last=False, usage=usage))
+        await self._wait(_rid(body), self.handing_over.wait())
+        if fault is Fault.HANDOFF:
+            await response.write(_error_event(NOT_HANDED_OVER))
+            return response
+        if fault is Fault.DIE_MIDSTREAM:
+            assert request.transport is not None
+            request.transport.close()
+            return response
+        self.handoffs.deliver(body["bootstrap_room"])
+        if self.late_token:
+            await response.write(self._opening(chat, body))
+            await response.write(self._token(chat, body, number, last=True, usage=usage))
+        await response.write(self._ending(chat, body, usage))
+        return response
+
+    @staticmethod
+    async def _begun(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        return response
+
+    def _opening(self, chat: bool, body: dict[str, Any]) -> bytes:
+        opening = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        return _event(self.model, body["rid"], [{"index": 0, **opening}]) if chat else b""
+
+    def _token(
+        self, chat: bool, body: dict[str, Any], number: int, *, last: bool, usage: dict[str, Any] | None = None
+    ) -> bytes:
+        delta = {"delta": {"content": f"t{number} "}} if chat else {"text": f"t{number} "}
+        mark = f"mainstem: {'+' if last else FIRST_TOKEN + number}\n".encode() if self.marks else b""
+        stats = usage if (body.get("stream_options") or {}).get("continuous_usage_stats") else None
+        return mark + _event(self.model, body["rid"], [{"index": 0, **delta, "finish_reason": None}], stats)
+
+    def _ending(self, chat: bool, body: dict[str, Any], usage: dict[str, Any]) -> bytes:
+        last: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
+        ending = _event(self.model, body["rid"], [{"index": 0, **last, "finish_reason": "length"}])
+        if (body.get("stream_options") or {}).get("include_usage"):
+            ending += _event(self.model, body["rid"], [], usage)
+        return ending + b"data: [DONE]\n\n"
 
     async def _wait(self, rid: str, event: Any) -> None:
         """Until the event, or an abort of this request, which raises _Aborted."""

@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 from router.decision import Decision
 from transfer.ended import Ended
@@ -66,6 +67,8 @@ class Record:
     generated_tokens: int = 0
     ttft_s: float | None = None
     """Until the first bytes of a stream."""
+    first_token_from: Literal["", "prefill", "decode"] = ""
+    """Which of the two said a stream's first token; "" before, and where there is no stream."""
     itl_s: float | None = None
     """Mean time between the tokens after the first."""
     total_s: float | None = None

@@ -55,8 +55,17 @@ class Metrics:
             registry=self._registry,
         )
 
+        self._first_tokens = Counter(
+            "mainstem_first_tokens",
+            "Streams that are over, by which of their workers said the first token",
+            labelnames=["from"],
+            registry=self._registry,
+        )
+
     def ended(self, record: Record) -> None:
         """Takes in a finished request."""
+        if record.first_token_from:
+            self._first_tokens.labels(record.first_token_from).inc()
         self._served.labels(record.mode, record.outcome.value).inc()
         self._queued.observe(record.queued_s)
         self._decisions.labels(record.decision.policy, _kind(record)).inc()

@@ -1,8 +1,8 @@
 """What became of one request, in one line of a log: words and numbers, nothing of its text.
 
 rid=4f… outcome=ok endpoint=/v1/completions stream=true prefill=prefill-0 decode=decode-0 prompt_tokens=812
-cached_tokens=768 generated_tokens=32 queued_s=0.001 ttft_s=0.214 total_s=1.822 tries=2
-failed=prefill-1:unreachable:retry
+cached_tokens=768 generated_tokens=32 queued_s=0.001 ttft_s=0.214 first_token_from=prefill total_s=1.822
+tries=2 failed=prefill-1:unreachable:retry
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def line(record: Record) -> str:
         "generated_tokens": record.generated_tokens,
         "queued_s": _seconds(record.queued_s),
         "ttft_s": _seconds(record.ttft_s),
+        "first_token_from": record.first_token_from or None,
         "total_s": _seconds(record.total_s),
         "tries": len(record.tries),
     }

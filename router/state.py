@@ -112,6 +112,7 @@ def _request(record: Record) -> dict[str, Any]:
         "actual_cached_tokens": record.actual_cached_tokens,
         "generated_tokens": record.generated_tokens,
         "ttft_s": record.ttft_s,
+        "first_token_from": record.first_token_from or None,
         "total_s": record.total_s,
         "queued_s": record.queued_s,
         "stream": record.stream,

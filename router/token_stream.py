@@ -10,19 +10,18 @@ the first token: they wait for it, so that until then nothing is said that could
 An error within the stream does not pass: it is in `seen`.
 
 The stream of another worker may continue it. Its opening is dropped, and its id and its sums become those of the
-whole (`Continuation`). Every other byte is as the worker wrote it.
+whole (`Continuation`). Where the client has the first token already, from prefill (`told`), it is left out. Every
+other byte is as the worker wrote it.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from router.answer import Failure, Seen, failure_in, usage_in
+from router.events import END, data, encoded, without
 
-_END = b"\n\n"
 _MARK = b"mainstem: "
 _MORE = b"+"
 _ERROR = re.compile(rb'"error"\s*:')
@@ -63,14 +62,20 @@ class TokenStream:
         self.reasoned = False
         """Whether a part of the text was told apart as reasoning: that depends on all text before."""
         self._continues = continues
+        self._told: tuple[int, str] | None = None
+        """A token that the client has of this part, and its text, until it has come."""
         self._rest = b""
         self._held: list[bytes] = []
+
+    def told(self, token: int, text: str) -> None:
+        """The client has an opening, and the first token, before anything has passed."""
+        self._told = token, text
 
     def feed(self, piece: bytes) -> bytes:
         """The next bytes of the worker. Returns what the client gets now."""
         if b"\r" in piece:
             piece = piece.replace(b"\r\n", b"\n")
-        *events, self._rest = (self._rest + piece).split(_END)
+        *events, self._rest = (self._rest + piece).split(END)
         passing = [out for event in events if (out := self._event(event))]
         if len(self._rest) > MAX_EVENT_BYTES:
             self.exact = False
@@ -97,7 +102,7 @@ class TokenStream:
         if self.seen.failure is not None:
             # What the client is told of it, if it is told, depends on what can be done about it.
             return b""
-        whole = self._rewritten(event) + _END
+        whole = self._rewritten(event) + END
         if mark == _MORE or (mark is None and not self.begun and not self._tells(event)):
             self._held.append(whole)
             return b""
@@ -111,11 +116,31 @@ class TokenStream:
 
     def _release(self, event: bytes) -> bytes:
         held, self._held = self._held, []
-        if self._continues is not None and not self.begun and held:
+        if (self._continues is not None or self._told is not None) and not self.begun and held:
             # The client has read an opening already.
             held = [one for one in held if _TEXT.search(one)]
         self.begun = True
-        return b"".join(held) + event
+        return self._without_told([*held, event]) if self._told is not None else b"".join(held) + event
+
+    def _without_told(self, events: list[bytes]) -> bytes:
+        """The first that pass, without what the client has of them."""
+        assert self._told is not None, "asked only then"
+        (token, text), self._told = self._told, None
+        passing = []
+        for event in events:
+            body = data(event) if text and _TEXT.search(event) else None
+            if body is None:
+                passing.append(event)
+                continue
+            text = without(body, text)
+            whole = encoded(body) + END
+            if any(one.search(whole) for one in (_TEXT, _FINISH, _USAGE)):
+                passing.append(whole)
+        if text or (self.ids and self.ids[0] != token):
+            # It was handed over with the pages: whatever this goes on from, it is not what the client has.
+            self.seen.failure = self.seen.failure or Failure(500, "began with another token than prefill has said")
+            return b""
+        return b"".join(passing)
 
     def _look(self, event: bytes) -> None:
         seen = self.seen
@@ -128,9 +153,9 @@ class TokenStream:
             if seen.finish_reason == "abort":
                 seen.failure = seen.failure or Failure(500, "the worker aborted the request")
         if _ERROR.search(event):
-            seen.failure = failure_in(_data(event)) or seen.failure
+            seen.failure = failure_in(data(event)) or seen.failure
         if _USAGE.search(event):
-            seen.usage = usage_in(_data(event)) or seen.usage
+            seen.usage = usage_in(data(event)) or seen.usage
         self.done = self.done or bool(_DONE.match(event))
 
     def _rewritten(self, event: bytes) -> bytes:
@@ -140,7 +165,7 @@ class TokenStream:
         event = event.replace(part.own_id, part.id, 1)
         if not _USAGE.search(event):
             return event
-        body = _data(event)
+        body = data(event)
         usage = body.get("usage") if isinstance(body, dict) else None
         if not isinstance(usage, dict):
             return event
@@ -151,13 +176,4 @@ class TokenStream:
         if isinstance(details, dict) and type(details.get("cached_tokens")) is int:
             # Of the answer so far, a part may have been cached too.
             details["cached_tokens"] = min(details["cached_tokens"], usage.get("prompt_tokens") or 0)
-        return b"data: " + json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _data(event: bytes) -> Any:
-    """The parsed data of an event; None where it is none."""
-    lines = [line[5:] for line in event.split(b"\n") if line.startswith(b"data:")]
-    try:
-        return json.loads(b"\n".join(lines))
-    except ValueError:
-        return None
+        return encoded(body)

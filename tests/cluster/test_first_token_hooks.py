@@ -1,4 +1,4 @@
-"""Which first tokens a decode worker says before their batch is built, and that none is said twice.
+"""Which first tokens prefill says before it sends pages, and decode before their batch is built; none is said twice.
 
 SGLang's queue, batch and streamer are stood for by what the hooks use of them.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 # SGLang warns of what a CPU lacks when it is imported.
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
@@ -24,15 +24,21 @@ class Request:
         self.send_token_offset = 0
         self.time_stats = SimpleNamespace(set_forward_entry_time=lambda: None)
         self.holds_back = holds_back
+        self.finished_reason: str | None = None
+        self.finished_len: int | None = None
+        self.disagg_kv_sender = SimpleNamespace(slots_changed=False)
+        self.inflight_middle_chunks = 0
+        self.to_finish = None
+        self.sampling_params = SimpleNamespace(max_new_tokens=8)
         self._ends = ends
-        self._finished = False
         vars(self).update(changes)
 
     def update_finish_state(self) -> None:
-        self._finished = self._ends
+        if self._ends or len(self.output_ids) >= self.sampling_params.max_new_tokens:
+            self.finished_reason, self.finished_len = "its end", len(self.output_ids)
 
     def finished(self) -> bool:
-        return self._finished
+        return self.finished_reason is not None
 
 
 class Worker:
@@ -117,3 +123,62 @@ def test_another_backends_worker_is_left_alone() -> None:
     worker, one = Worker(ours=False), Request()
     worker.pages_came(one)
     assert worker.said == []
+
+
+def computing(**changes: Any) -> Request:
+    """A request of a prefill worker, which SGLang lets make one token."""
+    return Request(**{"output_ids": [], "sampling_params": SimpleNamespace(max_new_tokens=1), **changes})
+
+
+class Copied:
+    """The event after which a pass's tokens are there."""
+
+    def __init__(self) -> None:
+        self.waited = False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def computed(worker: Worker, *requests: Request) -> Copied:
+    copied = Copied()
+    result = SimpleNamespace(copy_done=copied, next_token_ids=torch.tensor([7] * len(requests)))
+    worker.hooks.computed(worker.scheduler, SimpleNamespace(reqs=list(requests)), result)
+    return copied
+
+
+def test_prefill_says_a_token_when_it_is_computed_and_leaves_the_request_as_it_was() -> None:
+    worker, one, two = Worker(), computing(), computing()
+    assert computed(worker, one, two).waited
+    assert worker.said == [one, two]
+    assert [one.output_ids, two.output_ids] == [[], []]
+    assert one.sampling_params.max_new_tokens == 1
+    assert not one.finished()
+    # As SGLang does next: it appends the token, and says at the end of the hand-off that there was no more.
+    one.output_ids.append(7)
+    assert one.send_token_offset == len(one.output_ids)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"ends": True},
+        {"stream": False},
+        {"grammar": "a grammar"},
+        {"return_logprob": True},
+        {"return_hidden_states": True},
+        {"inflight_middle_chunks": 1},
+        {"to_finish": "aborted"},
+        {"disagg_kv_sender": SimpleNamespace()},
+    ],
+)
+def test_prefill_says_nothing_of_one_that_is_over_or_needs_more(other: dict[str, Any]) -> None:
+    worker, one = Worker(), computing(**other)
+    computed(worker, one)
+    assert worker.said == []
+    assert (one.output_ids, one.finished_reason, one.finished_len) == ([], None, None)
+    assert one.sampling_params.max_new_tokens == 1
+
+
+def test_nobody_waits_for_a_pass_of_which_nothing_is_said() -> None:
+    assert not computed(Worker(), computing(stream=False), computing(inflight_middle_chunks=2)).waited

@@ -42,7 +42,7 @@ class Run:
         from engine.sglang_overlap import OverlapHooks
 
         self.reader = Reader()
-        self.hooks = OverlapHooks(self.reader)  # type: ignore[arg-type]
+        self.hooks = OverlapHooks(self.reader, lambda *_pass: None)  # type: ignore[arg-type]
         self.cache = RadixCache.create_simulated(page_size=PAGE)
         self.scheduler = SimpleNamespace(
             enable_overlap=overlap,

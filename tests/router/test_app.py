@@ -171,7 +171,7 @@ def test_a_stream_passes_byte_for_byte(start: Any) -> None:
             assert deltas == [{"role": "assistant", "content": ""}, {"content": "t0 "}, {"content": "t1 "}, {}]
             assert json.loads(events[-2])["usage"]["completion_tokens"] == 2
             assert events[-1] == "[DONE]"
-            assert cluster.received("p0")["stream"] is False
+            assert cluster.received("p0")["stream"] is True
             assert cluster.received("d0")["stream"] is True
             last = await cluster.last()
             assert (last["outcome"], last["stream"], last["generated_tokens"]) == ("ok", True, 2)

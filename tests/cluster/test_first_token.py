@@ -1,0 +1,90 @@
+"""A first token that prefill says, on real SGLang: what clients read is what decode alone would have said, and a decode
+worker that stands still behind it costs them time alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from benchmarks.bench_cluster import scheduler_of
+from benchmarks.client import Answer, ask, get_json
+from benchmarks.words import sentence
+from engine.launch.cluster import Cluster
+from tests.cluster.conftest import local_cpu, started
+
+NEVER = {"x-mainstem-resume": "never"}
+"""Whose stream could not go on elsewhere: its first token is decode's."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Prefill that waits for no decode worker, and two of those."""
+    config = local_cpu()
+    prefill, decode = config.workers
+    groups = (
+        prefill.model_copy(update={"count": 1, "engine": prefill.engine | {"optimistic-prefill-attempts": 1}}),
+        decode.model_copy(update={"count": 2}),
+    )
+    with started(config.model_copy(update={"workers": groups}), tmp_path_factory.mktemp("first")) as made:
+        yield made
+
+
+def asked(cluster: Cluster, path: str, number: int, headers: dict[str, str] | None = None) -> Answer:
+    text = sentence(number, 40)
+    prompt: dict[str, Any] = (
+        {"prompt": text} if "chat" not in path else {"messages": [{"role": "user", "content": text}]}
+    )
+    body = {"model": cluster.plan.router.model, "max_tokens": 12, "temperature": 0, **prompt}
+    answer = ask(cluster.url, path, body, headers=headers)
+    assert answer.error == ""
+    return answer
+
+
+def told(cluster: Cluster, answer: Answer) -> dict[str, Any]:
+    """The router's record of it, once it is over."""
+    while True:
+        record: dict[str, Any] = get_json(cluster.url, f"/api/explain/{answer.headers['x-request-id']}")
+        if record["outcome"] != "running":
+            return record
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_clients_read_what_decode_alone_would_have_said(cluster: Cluster, path: str) -> None:
+    by_prefill = 0
+    for number in range(6):
+        one, other = asked(cluster, path, number), asked(cluster, path, number, NEVER)
+
+        assert one.text == other.text
+        assert one.usage["completion_tokens"] == other.usage["completion_tokens"] == 12
+        assert told(cluster, other)["first_token_from"] == "decode"
+        by_prefill += told(cluster, one)["first_token_from"] == "prefill"
+    # Half a character is not said before its other half.
+    assert by_prefill >= 4
+
+
+def test_a_decode_worker_that_is_frozen_behind_it_costs_time_alone(cluster: Cluster) -> None:
+    wanted = [asked(cluster, "/v1/completions", 100 + number, NEVER).text for number in range(4)]
+    frozen = [cluster.workers["decode-0"], scheduler_of(cluster, "decode-0").pid]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            answers = list(threads.map(lambda number: asked(cluster, "/v1/completions", 100 + number), range(4)))
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+
+    assert [answer.text for answer in answers] == wanted
+    records = [told(cluster, answer) for answer in answers]
+    cut_off = [record for record in records if record["tries"][0]["decode"] == "decode-0"]
+    assert cut_off, "nobody was sent to the frozen one"
+    for record in cut_off:
+        assert record["first_token_from"] == "prefill"
+        assert record["tries"][0]["then"] == "resume"
