@@ -248,15 +248,13 @@ def ways_of(name: str, system: System, max_tokens: int = MAX_TOKENS) -> list[Way
 
 
 def same_outputs(systems: dict[str, System]) -> dict[str, str]:
-    """Of each pair, how many outputs are those of the one worker, where there is one to compare with."""
+    """Of each way, how many outputs are those of the one worker, where there is one to compare with."""
     if "mono" not in systems:
         return {}
     chooser = random.Random("compared")
     prompts = [chooser.choices(VOCABULARY, k=length) for length in COMPARED]
-    found: dict[str, list[str]] = {}
-    for name, system in systems.items():
-        way = ways_of(name, system, COMPARED_TOKENS)[-1]
-        found[name] = [way.ask(prompt).text for prompt in prompts]
+    ways = [way for name, system in systems.items() for way in ways_of(name, system, COMPARED_TOKENS)]
+    found = {way.name: [way.ask(prompt).text for prompt in prompts] for way in ways}
     return {
         name: f"{sum(map(str.__eq__, texts, found['mono']))} of {len(prompts)}, {len(set(texts))} different"
         for name, texts in found.items()

@@ -21,11 +21,11 @@ import pytest
 import yaml
 
 from benchmarks.added_ttft import ahead_pages
-from benchmarks.client import get_json
+from benchmarks.client import complete, get_json
 from benchmarks.gpu_cluster import MODEL as MODEL_NAME
 from benchmarks.gpu_cluster import gpu_config
 from benchmarks.gpu_systems import all_running
-from benchmarks.reference import Reference, generate, prompt_of
+from benchmarks.reference import OUTPUT_TOKENS, Reference, generate, prompt_of
 from engine.launch.cluster import Cluster
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -88,12 +88,20 @@ def test_outputs_are_the_monolithic_ones_cold_and_cached(
     cluster = clusters[name]
     assert differing(cluster, references) == []
     assert differing(cluster, references[:20]) == []
-    newest = get_json(cluster.url, "/api/state")["requests"][0]
+    streams = [complete(cluster.url, MODEL_NAME, one.prompt, OUTPUT_TOKENS, ignore_eos=True) for one in references[:40]]
+    assert [stream.text for stream in streams] == [reference.text for reference in references[:40]]
+    shown = get_json(cluster.url, "/api/state")["requests"]
+    by_prefill = sum(one["first_token_from"] == "prefill" for one in shown[:40])
+    # Half a character is decode's to say.
+    assert by_prefill > 20
+    newest = shown[0]
     handoff = get_json(cluster.url, f"/api/explain/{newest['id']}")["handoff"]
     assert handoff["transport"] == "nvlink", handoff
     assert handoff["failed"] == 0
     ahead = ahead_pages(cluster)
-    print(f"{name}: {len(references)} prompts the same, {ahead} pages left ahead")
+    print(
+        f"{name}: {len(references)} prompts the same, {ahead} pages left ahead, {by_prefill} of 40 streams by prefill"
+    )
     assert (ahead > 0) == (WAYS[name] != "never")
 
 
