@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 
 RENDER_INLINE_BYTES = 32 * 1024
 """A longer body is rendered on a thread, so that other streams go on."""
+SENDING_TURNS = 3
+"""Turns of the event loop in which a request that was read is sent."""
 LOOK_S = 0.1
 """How often a request that waits for a worker looks for one."""
 TAIL_TOKENS = 64
@@ -126,6 +128,7 @@ class Dispatcher:
         self._wall_s = wall_s
         self._rooms = rooms or random.SystemRandom()
         self._runs: dict[str, _Run] = {}
+        self._reading = asyncio.Lock()
         self._limits = Limits(section.retries, section.resumes)
         self._budget = RetryBudget(section.retry_fraction, section.retry_burst)
         self._handoffs = UsualTimes(section.handoff_floor_s, section.first_byte_timeout_s)
@@ -183,7 +186,7 @@ class Dispatcher:
         came_s = self._clock_s()
         ends_at_s = came_s + self._section.request_timeout_s
         try:
-            request = read(endpoint, raw, self._model, may_resume=client.header("x-mainstem-resume") != "never")
+            request = await self._read(endpoint, raw, may_resume=client.header("x-mainstem-resume") != "never")
             prompt = await self._render(request)
             until_s = self._waits_until_s(ends_at_s)
             plan = await self._admission.plan(request, prompt, tenant or request.salt, gone, until_s)
@@ -217,6 +220,15 @@ class Dispatcher:
         if error is not None:
             # Only now: a client that does not read would hold the workers' load.
             raise error
+
+    async def _read(self, endpoint: Endpoint, raw: bytes, *, may_resume: bool) -> ClientRequest:
+        """Of requests that come at once, one is on its way to its workers before the next one is read: to read a long
+        one takes as long as to send it, and a worker that has nothing to do would wait until all were read."""
+        waits = self._reading.locked()
+        async with self._reading:
+            for _ in range(SENDING_TURNS if waits else 0):
+                await asyncio.sleep(0)
+            return read(endpoint, raw, self._model, may_resume=may_resume)
 
     async def _render(self, request: ClientRequest) -> Prompt:
         if len(request.raw) <= RENDER_INLINE_BYTES or isinstance(request.body.get("prompt"), list):

@@ -202,10 +202,10 @@ class Device:
         self._call("cuFuncLoad", function)
         return function
 
-    def launch(self, function: Any, blocks: int, threads: int, stream: Any, arguments: npt.NDArray[np.uintp]) -> None:
-        """arguments: the address of each of the kernel's parameters; read before this returns"""
+    def launch(self, function: Any, blocks: int, threads: int, stream: Any, arguments: int) -> None:
+        """arguments: where the addresses of the parameters lie, one after the other; read before this returns"""
         shape = (blocks, 1, 1, threads, 1, 1, 0)
-        error = _driver_held().cuLaunchKernel(int(function), *shape, int(stream), arguments.ctypes.data, None)
+        error = _driver_held().cuLaunchKernel(int(function), *shape, int(stream), arguments, None)
         self._check_held("cuLaunchKernel", error)
 
     @property

@@ -17,10 +17,13 @@ Both processes have to see both GPUs: choose one by SGLang's `base-gpu-id`, not 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import secrets
+import struct
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -441,6 +444,13 @@ class _Lane:
     """Where they count, as copy_pages.cu has it."""
 
 
+_ARGUMENTS = struct.Struct("=QIIQQQQQ")
+"""As copy_pages.cu has them, without the pages: the first buffer, how many, pieces of each, where blocks count; then
+of the record where it is, tag, pages and sequence."""
+_OFFSETS = (0, 8, 12, 16, 24, 32, 40, 48)
+_NO_RECORD = (0, 0, 0, 0)
+
+
 class _Copy:
     """The kernel of one route, its streams and its arguments."""
 
@@ -470,19 +480,12 @@ class _Copy:
         )
         self.all = range(len(table.rows))
         self._pieces = -(-int(table.rows[:, 2].max()) // PIECE_BYTES)
-        self._start = np.zeros(1, np.uint64)
-        self._buffers, pieces = np.zeros(1, np.uint32), np.array([self._pieces], np.uint32)
-        self._blocks_done = np.zeros(1, np.uint64)
-        self._record, self._tag, self._told_pages, self._sequence = (np.zeros(1, np.uint64) for _ in range(4))
         self._pages = [np.zeros(1 + 2 * most, np.int32) for most in MOST_PAGES]
-        # As copy_pages.cu has them.
-        self._kept = (
-            *(self._start, self._buffers, pieces, self._blocks_done),
-            *(self._record, self._tag, self._told_pages, self._sequence),
-        )
-        self._arguments = [
-            np.array([one.ctypes.data for one in (*self._kept, pages)], np.uintp) for pages in self._pages
-        ]
+        self._kept = ctypes.create_string_buffer(_ARGUMENTS.size)
+        kept = [ctypes.addressof(self._kept) + offset for offset in _OFFSETS]
+        self._arguments = [np.array([*kept, pages.ctypes.data], np.uintp) for pages in self._pages]
+        # Asked once: numpy takes two microseconds to say where an array lies.
+        self._arguments_at = [arguments.ctypes.data for arguments in self._arguments]
 
     @property
     def idle(self) -> bool:
@@ -492,28 +495,27 @@ class _Copy:
     def copy_and_tell(self, lane: _Lane, tag: int, source: Pages, destination: Pages, pages: int) -> None:
         """At most MOST_PAGES[-1] pages; a record of `pages`. Only where the ring is not full. Raises CudaFailed."""
         sequence, offset = self.ring.next()
-        self._record[0], self._tag[0] = self._ring_pointer + offset, tag
-        self._told_pages[0], self._sequence[0] = pages, sequence
-        self._launch(lane, source, destination, self.all)
+        self._launch(lane, source, destination, self.all, (self._ring_pointer + offset, tag, pages, sequence))
 
     def copy(self, lane: _Lane, source: Pages, destination: Pages, buffers: range) -> None:
         """At most MOST_PAGES[-1] pages of these rows of the table, and nobody is told. Raises CudaFailed."""
-        self._record[0] = 0
-        self._launch(lane, source, destination, buffers)
+        self._launch(lane, source, destination, buffers, _NO_RECORD)
 
-    def _launch(self, lane: _Lane, source: Pages, destination: Pages, buffers: range) -> None:
+    def _launch(
+        self, lane: _Lane, source: Pages, destination: Pages, buffers: range, record: tuple[int, int, int, int]
+    ) -> None:
+        """record: as the last of _ARGUMENTS"""
         count = len(source)
-        size = next(number for number, most in enumerate(MOST_PAGES) if count <= most)
+        size = bisect_left(MOST_PAGES, count)
         pages, most = self._pages[size], MOST_PAGES[size]
         pages[0] = count
         pages[1 : 1 + count] = source
         pages[1 + most : 1 + most + count] = destination
-        self._blocks_done[0] = lane.blocks_done
-        self._start[0] = self._memory + COUNTERS_BYTES + buffers.start * self.table.rows.strides[0]
-        self._buffers[0] = len(buffers)
+        start = self._memory + COUNTERS_BYTES + buffers.start * self.table.rows.strides[0]
+        _ARGUMENTS.pack_into(self._kept, 0, start, len(buffers), self._pieces, lane.blocks_done, *record)
         warps = count * len(buffers) * self._pieces
         blocks = max(1, min(self._blocks, -(-warps // WARPS)))
-        self._device.launch(self._kernels[size], blocks, THREADS, lane.stream, self._arguments[size])
+        self._device.launch(self._kernels[size], blocks, THREADS, lane.stream, self._arguments_at[size])
 
     def close(self) -> None:
         """Once its streams are idle."""

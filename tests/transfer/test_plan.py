@@ -33,7 +33,12 @@ def test_unequal_lists_are_refused() -> None:
         runs(np.array([1, 2], np.int32), np.array([1], np.int32))
 
 
-@pytest.mark.parametrize("bad", [[-1], [3, 8]])
+@pytest.mark.parametrize("bad", [[-1], [3, 8], [*range(8)] * 9 + [-1], [8] + [*range(8)] * 9])
 def test_a_page_outside_the_pool_is_refused(bad: list[int]) -> None:
     with pytest.raises(ValueError, match="wanted indices from 0 to 7"):
         check_range(np.array(bad, np.int32), 8)
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 80])
+def test_all_pages_within_the_pool_pass(count: int) -> None:
+    check_range(np.arange(count, dtype=np.int32) % 8, 8)
