@@ -15,6 +15,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     one rank asks itself           -> engine.sglang_polls
     a step behind freed pages      -> engine.sglang_landing
     nothing to compute             -> engine.sglang_idle
+    a request's JSON               -> engine.sglang_json
     no CUDA                        -> engine.sglang_cpu
 """
 
@@ -32,7 +33,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import DISAGG_TRANSFER_BACKEND_CHOICES, add_disagg_transfer_backend_choices
 
-from engine import sglang_cpu, sglang_polls, sglang_token_ids
+from engine import sglang_cpu, sglang_json, sglang_polls, sglang_token_ids
 from engine.outbox import Outbox
 from engine.page_events import PageEvents
 from engine.sglang_first_token import FirstTokenHooks
@@ -76,6 +77,7 @@ def register() -> None:
     LandingHook().register()
     IdleHook().register()
     sglang_token_ids.register()
+    sglang_json.register()
     sglang_polls.apply()
     sglang_cpu.apply()
 

@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 
 RENDER_INLINE_BYTES = 32 * 1024
 """A longer body is rendered on a thread, so that other streams go on."""
+LONG_BYTES = 16 * 1024
+"""A body that takes some tenths of a millisecond to read."""
 SENDING_TURNS = 3
 """Turns of the event loop in which a request that was read is sent."""
 LOOK_S = 0.1
@@ -222,13 +224,24 @@ class Dispatcher:
             raise error
 
     async def _read(self, endpoint: Endpoint, raw: bytes, *, may_resume: bool) -> ClientRequest:
-        """Of requests that come at once, one is on its way to its workers before the next one is read: to read a long
-        one takes as long as to send it, and a worker that has nothing to do would wait until all were read."""
-        waits = self._reading.locked()
-        async with self._reading:
-            for _ in range(SENDING_TURNS if waits else 0):
-                await asyncio.sleep(0)
-            return read(endpoint, raw, self._model, may_resume=may_resume)
+        """Of requests that come at once, one is on its way to its workers before the next one is read: a worker that
+        has nothing to do would wait until all were read. Raises ApiError."""
+        await self._reading.acquire()
+        try:
+            request = read(endpoint, raw, self._model, may_resume=may_resume)
+        finally:
+            self._let_the_next_read(SENDING_TURNS)
+        if len(raw) > LONG_BYTES:
+            # Hashing it takes as long again: what other streams have to say is passed on in between.
+            await asyncio.sleep(0)
+        return request
+
+    def _let_the_next_read(self, turns: int) -> None:
+        """After so many turns of the event loop."""
+        if turns:
+            asyncio.get_running_loop().call_soon(self._let_the_next_read, turns - 1)
+        else:
+            self._reading.release()
 
     async def _render(self, request: ClientRequest) -> Prompt:
         if len(request.raw) <= RENDER_INLINE_BYTES or isinstance(request.body.get("prompt"), list):

@@ -8,6 +8,7 @@ import re
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -538,5 +539,28 @@ def test_the_dashboards_stream_ends_when_the_router_is_told_to_stop(start: Any) 
             assert (await response.content.readline()).startswith(b"data: {")
             cluster.router.closing.set()
             await asyncio.wait_for(response.read(), 10)
+
+    run(scenario())
+
+
+def test_of_requests_that_come_at_once_the_first_is_sent_before_the_last_is_read(start: Any) -> None:
+    """Else a worker that has nothing to do would wait until all were read."""
+
+    async def scenario() -> None:
+        async with start("p0", "d0") as cluster:
+            url = urlsplit(cluster.url)
+            opened = [await asyncio.open_connection(url.hostname, url.port) for _ in range(16)]
+            body = json.dumps(chat("hi", max_tokens=2)).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+            for _, writer in opened:
+                writer.write(head + body)
+
+            while not cluster.workers["p0"].received:
+                await asyncio.sleep(0)
+            assert len(cluster.router.ledger.newest(16)) < 16
+
+            for reader, writer in opened:
+                assert (await reader.readline()).split()[1] == b"200"
+                writer.close()
 
     run(scenario())

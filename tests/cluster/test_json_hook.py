@@ -1,0 +1,86 @@
+"""That a worker reads JSON as SGLang's own server would, whatever it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("sglang")
+from starlette.requests import Request
+
+from engine.sglang_json import read
+from engine.spec import SPEC_VARIABLE
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+values: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def request_of(raw: bytes) -> Request:
+    sent = [{"type": "http.request", "body": raw, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        return sent.pop()
+
+    return Request({"type": "http", "method": "POST", "headers": []}, receive)
+
+
+def found(raw: bytes) -> str:
+    """Also where it is no JSON: what the parser says of it."""
+    request = request_of(raw)
+
+    async def twice() -> Any:
+        first = await read(Request.json, request)
+        assert await read(Request.json, request) is first
+        return first
+
+    try:
+        return repr(asyncio.run(twice()))
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def wanted(raw: bytes) -> str:
+    try:
+        return repr(json.loads(raw))
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SPEC_VARIABLE, "a file")
+
+
+@given(values, st.sampled_from(["utf-8", "utf-16", "utf-8-sig"]), st.booleans())
+def test_any_json_is_what_pythons_parser_makes_of_it(value: Any, encoding: str, ascii: bool) -> None:
+    raw = json.dumps(value, ensure_ascii=ascii).encode(encoding, "surrogatepass")
+    assert found(raw) == wanted(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b'{"a": 1,}', b'{"a": 1, "a": 2}', b"1e999", b"123456789012345678901234567890", b'"\\ud800"', b"\xff"],
+)
+def test_what_is_odd_or_no_json_is_pythons_to_judge(raw: bytes) -> None:
+    assert found(raw) == wanted(raw)
+
+
+def test_another_sglang_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SPEC_VARIABLE)
+    asked = []
+
+    async def original(request: Request) -> str:
+        asked.append(request)
+        return "its own"
+
+    assert asyncio.run(read(original, request_of(b"[1]"))) == "its own"
+    assert len(asked) == 1
