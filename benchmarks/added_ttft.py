@@ -34,7 +34,7 @@ import yaml
 
 from benchmarks import machine, report
 from benchmarks.bench_cluster import run_main
-from benchmarks.client import Answer, complete, get_json
+from benchmarks.client import DECODES, Answer, complete, get_json
 from benchmarks.gpu_cluster import MODEL, gpu_config, gpu_count
 from benchmarks.gpu_systems import NIXL, System, all_running
 from benchmarks.legs import Pair, direct
@@ -96,8 +96,6 @@ LARGE_REPEATS = 3
 AHEAD = ("pass", "layers")
 """Systems that are called as their `transfer.ahead` is."""
 WITH_TEXT = ("mono", "pass")
-DECODES = {"x-mainstem-resume": "never"}
-"""Of a stream that may not go on elsewhere, the router takes no first token from prefill."""
 COMPARED = (700, 3000, 8192, 12_000) * 3
 """Lengths of the prompts whose outputs are compared with mono's."""
 COMPARED_TOKENS = 16

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+DECODES = {"x-mainstem-resume": "never"}
+"""Of a stream that may not go on elsewhere, the router takes no first token from prefill: it is decode's."""
+
 
 @dataclass
 class Answer:

@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--flags", type=yaml.safe_load, default={}, help="more of SGLang's flags, as YAML")
     parser.add_argument("--rate", type=float, default=4.0, help="hand-offs a second (default 4)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each phase (default 8)")
-    parser.add_argument("--rounds", type=int, default=3, help="of both phases (default 3)")
+    parser.add_argument("--rounds", type=_even, default=2, help="of both phases, an even number (default 2)")
     parser.add_argument("--systems", type=lambda text: text.split(","), default=list(SYSTEMS), help="default: both")
     parser.add_argument("--keep", type=Path, help="a folder in which logs stay")
     options = parser.parse_args()
@@ -105,6 +105,13 @@ def main() -> int:
             for phase, parts in by_phase.items():
                 print(f"{name}, {phase}: {parts}")
     return 0
+
+
+def _even(text: str) -> int:
+    """Contexts grow from one phase to the next, so each has to come first as often. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 2 or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"wanted an even number of rounds, found {text}")
+    return int(text)
 
 
 def cluster_file(folder: Path, name: str, options: argparse.Namespace) -> Path:

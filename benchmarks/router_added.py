@@ -4,8 +4,9 @@
 
 Router, workers and client are a process each. The workers are simulated: a prefill worker answers once it has read the
 request, a decode worker sends its tokens once prefill has answered. `direct` sends both legs by hand, as the router
-does; `added` is the router's median minus that. Token ids are the client's own; a chat is text that the router renders,
-which the simulated workers do not: there `rendering` is a part of what is added, and an engine is spared it.
+does; `added` is the router's median minus that, both with decode's first token: prefill's would come sooner. Token ids
+are the client's own; a chat is text that the router renders, which the simulated workers do not: there `rendering` is a
+part of what is added, and an engine is spared it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.bench_cluster import LOCAL_CPU, run_main
-from benchmarks.client import Answer, ask, ask_ready, get_json, streaming
+from benchmarks.client import DECODES, Answer, ask, ask_ready, get_json, streaming
 from benchmarks.words import sentence
 from engine.config import read_cluster
 from engine.model import choose_model
@@ -80,7 +81,7 @@ def row(kind: str, length: int, url: str, ports: tuple[int, int], repeats: int, 
     body = {"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0, **fields}
     direct_s, router_s = [], []
     for number in range(repeats + 3):
-        through = [_first_s(_direct(ports, endpoint, body)), _first_s(ask(url, endpoint, body))]
+        through = [_first_s(_direct(ports, endpoint, body)), _first_s(ask(url, endpoint, body, headers=DECODES))]
         if number >= 3:  # The first ones open connections.
             direct_s.append(through[0])
             router_s.append(through[1])

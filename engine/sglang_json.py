@@ -1,7 +1,7 @@
-"""SGLang's HTTP server reads a request's JSON in a fifth of the time: all of its streams stand still meanwhile.
+"""SGLang's HTTP server reads a request's JSON in a third of the time: all of its streams stand still meanwhile.
 
-A prompt of 8,192 token ids takes Python's parser a millisecond. What ours does not take, or would take otherwise, goes
-to Python's.
+A prompt of 8,192 token ids takes Python's parser 0.6 ms, msgspec 0.2. What that does not take, or would take otherwise,
+goes to Python's.
 """
 
 from __future__ import annotations

@@ -13,13 +13,10 @@ from typing import Any
 import pytest
 
 from benchmarks.bench_cluster import scheduler_of
-from benchmarks.client import Answer, ask, get_json
+from benchmarks.client import DECODES, Answer, ask, get_json
 from benchmarks.words import sentence
 from engine.launch.cluster import Cluster
 from tests.cluster.conftest import local_cpu, started
-
-NEVER = {"x-mainstem-resume": "never"}
-"""Whose stream could not go on elsewhere: its first token is decode's."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +56,7 @@ def told(cluster: Cluster, answer: Answer) -> dict[str, Any]:
 def test_clients_read_what_decode_alone_would_have_said(cluster: Cluster, path: str) -> None:
     by_prefill = 0
     for number in range(6):
-        one, other = asked(cluster, path, number), asked(cluster, path, number, NEVER)
+        one, other = asked(cluster, path, number), asked(cluster, path, number, DECODES)
 
         assert one.text == other.text
         assert one.usage["completion_tokens"] == other.usage["completion_tokens"] == 12
@@ -70,7 +67,7 @@ def test_clients_read_what_decode_alone_would_have_said(cluster: Cluster, path: 
 
 
 def test_a_decode_worker_that_is_frozen_behind_it_costs_time_alone(cluster: Cluster) -> None:
-    wanted = [asked(cluster, "/v1/completions", 100 + number, NEVER).text for number in range(4)]
+    wanted = [asked(cluster, "/v1/completions", 100 + number, DECODES).text for number in range(4)]
     frozen = [cluster.workers["decode-0"], scheduler_of(cluster, "decode-0").pid]
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)
