@@ -35,7 +35,8 @@ class FirstTokenHooks:
         tokens = {}
         for place, request in enumerate(batch.reqs):
             ours = hasattr(request.disagg_kv_sender, "slots_changed")
-            if ours and request.stream and not request.inflight_middle_chunks > 0 and not request.to_finish:
+            over = request.to_finish or request.finished()
+            if ours and request.stream and not request.inflight_middle_chunks > 0 and not over:
                 tokens[place] = request
         if not tokens:
             return

@@ -79,8 +79,8 @@ class Attempt:
 
     prefilled       told when the pages were delivered, with what prefill says it used
     prefill_failed  told when they were not, or nobody listens any more
-    token           told when a worker says the first token: which, and what its cache had of the prompt, if it says so.
-                    Of prefill, where that was the client's first; of decode, always
+    token           told when a worker says the first token: which, and what its cache had of the prompt, where that is
+                    known. Of prefill, where that was the client's first; of decode, always
     stall_s         a stream that has begun and then says nothing for so long has failed
     """
 

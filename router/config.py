@@ -111,8 +111,8 @@ class RouterSection(BaseModel):
     """How often a stream goes on elsewhere from the tokens that its client has; 0: it ends with an error."""
     first_token_from: Literal["prefill", "decode"] = "prefill"
     """Who says a stream's first token: prefill, which has computed it, while its pages are on their way; or decode,
-    when it has them. Prefill only where the stream could go on elsewhere (`resumes`), should the hand-off fail then:
-    the client has been told status 200."""
+    when it has them. Prefill only where nothing in the request keeps a stream from going on elsewhere (`resumes`),
+    should the hand-off fail then; where there is no other pair it ends with an error event instead of a status."""
     retry_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Further attempts for each request, over all requests: when everything fails, nothing is asked three times."""
     retry_burst: Annotated[int, Field(ge=0)] = 100

@@ -60,6 +60,8 @@ RENDER_INLINE_BYTES = 32 * 1024
 """A longer body is rendered on a thread, so that other streams go on."""
 LONG_BYTES = 16 * 1024
 """A body that takes some tenths of a millisecond to read."""
+MOST_IN_ORDER = 16
+"""When so many wait to be read, no more do: that is for workers that have nothing to do."""
 SENDING_TURNS = 3
 """Turns of the event loop in which a request that was read is sent."""
 LOOK_S = 0.1
@@ -90,6 +92,8 @@ class _Run:
     avoid: Avoid
     trace: TraceContext
     attempt: Attempt | None = None
+    decoding_since_s: float | None = None
+    """When decode's first token of the last attempt came."""
 
 
 class Dispatcher:
@@ -131,6 +135,7 @@ class Dispatcher:
         self._rooms = rooms or random.SystemRandom()
         self._runs: dict[str, _Run] = {}
         self._reading = asyncio.Lock()
+        self._to_read = 0
         self._limits = Limits(section.retries, section.resumes)
         self._budget = RetryBudget(section.retry_fraction, section.retry_burst)
         self._handoffs = UsualTimes(section.handoff_floor_s, section.first_byte_timeout_s)
@@ -226,11 +231,15 @@ class Dispatcher:
     async def _read(self, endpoint: Endpoint, raw: bytes, *, may_resume: bool) -> ClientRequest:
         """Of requests that come at once, one is on its way to its workers before the next one is read: a worker that
         has nothing to do would wait until all were read. Raises ApiError."""
-        await self._reading.acquire()
-        try:
-            request = read(endpoint, raw, self._model, may_resume=may_resume)
-        finally:
+        if self._to_read < MOST_IN_ORDER:
+            self._to_read += 1
+            try:
+                await self._reading.acquire()
+            finally:
+                self._to_read -= 1
+            # Also where it is no request.
             self._let_the_next_read(SENDING_TURNS)
+        request = read(endpoint, raw, self._model, may_resume=may_resume)
         if len(raw) > LONG_BYTES:
             # Hashing it takes as long again: what other streams have to say is passed on in between.
             await asyncio.sleep(0)
@@ -346,7 +355,10 @@ class Dispatcher:
             if request.stream:
                 self._placement.prefilled(flight, now_s, cached_tokens)
                 self._admission.changed()
-            by.health.went_well()
+            if by is plan.decode:
+                # Prefill has done well when its pages are there.
+                run.decoding_since_s = now_s
+                by.health.went_well()
 
         asked = Asked(
             rid=rid,
@@ -368,7 +380,7 @@ class Dispatcher:
             token=token,
             stall_s=self._section.stall_timeout_s,
         )
-        run.attempt = attempt
+        run.attempt, run.decoding_since_s = attempt, None
         well = False
         try:
             await attempt.run(run.gone)
@@ -385,6 +397,7 @@ class Dispatcher:
             trial.failed = "out of time"
             raise
         finally:
+            trial.decoded = run.decoding_since_s is not None
             self._settle(run, attempt, flight, well)
 
     def _early(self, run: _Run, plan: Plan) -> bool:
@@ -451,8 +464,10 @@ class Dispatcher:
             begun=run.delivery.begun,
             hindrance=self._hindrance(run, run.attempt),
             # Of which nobody has seen anything: that is bounded by how many pairs there are.
-            retries=sum(one.then == Next.RETRY and not one.unseen for one in run.record.tries),
-            resumes=sum(one.then == Next.RESUME and not one.unseen for one in run.record.tries),
+            # A stream that goes on behind prefill's token alone is tried again, as far as its workers are concerned.
+            retries=sum(bool(one.then) and not one.decoded and not one.unseen for one in run.record.tries),
+            resumes=sum(one.then == Next.RESUME and one.decoded for one in run.record.tries),
+            decoded=run.decoding_since_s is not None,
         )
         if isinstance(failed, LegFailed) and failed.fault is Fault.UNTRUE and situation.begun:
             # Nobody knows what the client has.
@@ -481,6 +496,8 @@ class Dispatcher:
         record, seen, now_s = run.record, attempt.seen, self._clock_s()
         before = len(run.delivery.ids)
         part = seen.usage.completion_tokens if seen.usage is not None else seen.token_events
+        # A token that prefill said may be all that there is.
+        part = max(part, len(attempt.delivered_ids))
         record.generated_tokens = before + part
         if well and part >= LEARN_TOKENS:
             self._answers.learn(part, attempt.patience.decoding_s, attempt.plan.decode.name)
@@ -488,8 +505,9 @@ class Dispatcher:
             record.actual_cached_tokens = seen.usage.cached_tokens
         # How fast an answer came that was cut short says nothing of the worker.
         itl_s = None
-        if well and record.ttft_s is not None and part > 1 and not before:
-            itl_s = (now_s - record.started_s - record.ttft_s) / (part - 1)
+        if well and run.request.stream and run.decoding_since_s is not None and part > 1 and not before:
+            # From decode's first token, as prefill's comes before the hand-off.
+            itl_s = (now_s - run.decoding_since_s) / (part - 1)
         self._placement.ended(flight, now_s, itl_s, part)
         self._admission.changed()
 

@@ -556,6 +556,9 @@ class FakeWorker:
         delta = {"delta": {"content": f"t{number} "}} if chat else {"text": f"t{number} "}
         mark = f"mainstem: {'+' if last else FIRST_TOKEN + number}\n".encode() if self.marks else b""
         stats = usage if (body.get("stream_options") or {}).get("continuous_usage_stats") else None
+        if stats is not None and not chat:
+            # The engine leaves it out there.
+            stats = {**stats, "prompt_tokens_details": None}
         return mark + _event(self.model, body["rid"], [{"index": 0, **delta, "finish_reason": None}], stats)
 
     def _ending(self, chat: bool, body: dict[str, Any], usage: dict[str, Any]) -> bytes:

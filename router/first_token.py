@@ -27,13 +27,13 @@ class Said:
 
     events         for the client
     token          whose text they have
-    cached_tokens  of the prompt
+    cached_tokens  of the prompt; None where nothing is said of them, as where there are none
     """
 
     events: bytes
     token: int
     text: str
-    cached_tokens: int
+    cached_tokens: int | None
 
 
 class FirstToken:
@@ -77,7 +77,7 @@ class FirstToken:
             return None
         if not self._wants_usage:
             events = [_without_usage(event) for event in events]
-        return Said(b"".join(event + END for event in events), stream.ids[0], text, usage.cached_tokens)
+        return Said(b"".join(event + END for event in events), stream.ids[0], text, usage.cached_tokens or None)
 
 
 def wants_usage(body: Json) -> bool:

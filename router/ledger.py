@@ -39,6 +39,8 @@ class Try:
     """What went wrong, without any words of the engine; "" where nothing did."""
     unseen: bool = False
     """Whether nobody has computed anything for it."""
+    decoded: bool = False
+    """Whether decode has said a token."""
     then: str = ""
     """What followed: retry, resume, or why neither; "" after the one that went well."""
 

@@ -21,9 +21,9 @@ class Phase(Enum):
     SENT = auto()
     """Both legs are open; neither has got anywhere."""
     DELIVERED = auto()
-    """Prefill's 200: decode has the pages."""
+    """Prefill's answer has ended well: decode has the pages."""
     STREAMING = auto()
-    """The first token has come."""
+    """Decode's first token has come. The client may have it from prefill, in any phase before."""
     DONE = auto()
     """The client has its whole answer."""
     FAILED = auto()
@@ -99,6 +99,7 @@ class Situation:
     """A failed attempt, and what was before it.
 
     begun       whether the client has anything of the answer
+    decoded     whether this attempt's decode worker has said a token; else the client has at most prefill's
     hindrance   why a stream could not go on elsewhere; "" where it could
     """
 
@@ -108,6 +109,7 @@ class Situation:
     hindrance: str
     retries: int
     resumes: int
+    decoded: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +129,11 @@ def after(situation: Situation, limits: Limits, budget: bool) -> tuple[Next, str
         return Next.TELL, "the request is to blame"
     if not (budget or situation.moved):
         return Next.TELL, "too many requests are tried again already"
-    if not situation.begun:
-        if situation.retries >= limits.retries and not situation.moved:
-            return Next.TELL, f"tried {limits.retries + 1} times"
-        return Next.RETRY, ""
-    if situation.hindrance:
+    if situation.begun and situation.hindrance:
         return Next.TELL, f"cannot go on elsewhere: {situation.hindrance}"
-    if situation.resumes >= limits.resumes and not situation.moved:
-        return Next.TELL, f"went on elsewhere {limits.resumes} times"
-    return Next.RESUME, ""
+    if situation.begun and situation.decoded:
+        if situation.resumes >= limits.resumes and not situation.moved:
+            return Next.TELL, f"went on elsewhere {limits.resumes} times"
+    elif situation.retries >= limits.retries and not situation.moved:
+        return Next.TELL, f"tried {limits.retries + 1} times"
+    return Next.RESUME if situation.begun else Next.RETRY, ""

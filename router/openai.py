@@ -1,8 +1,8 @@
 """What the router reads of an OpenAI request, and how it adds to one.
 
 The client's body is never written anew: our fields are put in front of its last brace,
-and every other byte stays. The engine's parser (Python's json, under FastAPI) takes the
-last of equal keys, so what we add also replaces.
+and every other byte stays. The engine's parser (Python's json, under FastAPI, and ours in
+front of it) takes the last of equal keys, so what we add also replaces.
 
     {"model": "m", "messages": [...], "stream": true}
     {"model": "m", "messages": [...], "stream": true,"input_ids":[...],"rid":"…","bootstrap_room":7,"stream":false}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pkgutil
 from typing import Any
 
 import pytest
@@ -11,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("sglang")
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sglang.srt.plugins.hook_registry import HookRegistry
 from starlette.requests import Request
 
-from engine.sglang_json import read
+from engine.sglang_json import read, register
 from engine.spec import SPEC_VARIABLE
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
+JSON = {"content-type": "application/json"}
 values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
@@ -84,3 +89,26 @@ def test_another_sglang_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert asyncio.run(read(original, request_of(b"[1]"))) == "its own"
     assert len(asked) == 1
+
+
+def test_it_is_asked_for_what_a_route_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the name by which the hook is registered, and by the FastAPI that SGLang has."""
+    register()
+    target = next(name for name in HookRegistry._hooks if name.endswith("Request.json"))
+    assert pkgutil.resolve_name(target) is Request.json
+    original, asked = Request.json, []
+
+    async def hooked(request: Request) -> Any:
+        asked.append(await read(original, request))
+        return asked[-1]
+
+    monkeypatch.setattr(Request, "json", hooked)
+    app = FastAPI()
+
+    @app.post("/")
+    async def route(body: dict[str, Any]) -> dict[str, Any]:
+        return body
+
+    with TestClient(app) as client:
+        assert client.post("/", content=b'{"a": [1, 2]}', headers=JSON).json() == {"a": [1, 2]}
+    assert asked == [{"a": [1, 2]}]

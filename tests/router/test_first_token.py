@@ -54,6 +54,14 @@ def test_only_the_beginning_passes_and_the_rest_is_known() -> None:
     assert first.stream.seen.finish_reason == "length"
 
 
+def test_what_is_not_said_of_the_cache_is_not_known() -> None:
+    """SGLang's completions leave it out, whatever it was."""
+    said, _ = of(prefills(mark(9) + counted("Hi", usage={**COUNTED, "prompt_tokens_details": None})))
+
+    assert said is not None
+    assert said.cached_tokens is None
+
+
 def test_a_client_that_wants_the_usage_in_each_event_gets_it() -> None:
     said, _ = of(prefills(mark(9) + counted("Hi")), wants_usage=True)
 
@@ -332,5 +340,45 @@ def test_a_prefill_worker_that_is_gone_behind_it_is_replaced(start: Any) -> None
 
             assert text_of(raw) == WHOLE
             assert [one["then"] for one in (await cluster.last())["tries"]][-2:] == ["resume", None]
+
+    run(scenario())
+
+
+def test_hand_offs_that_fail_behind_it_leave_the_stream_its_own_new_starts(start: Any) -> None:
+    """Two hand-offs fail, then two decode workers break off: each has its own limit."""
+
+    async def scenario() -> None:
+        names = ("p0", "p1", "p2", "d0", "d1", "d2", "d3", "d4")
+        async with start(*names) as cluster:
+            # A decode worker's fault is taken when the request comes, also by the two whose hand-off fails.
+            handoffs, breaks = FaultsLeft(2), FaultsLeft(4)
+            for name, worker in cluster.workers.items():
+                if name[0] == "p":
+                    worker.fault, worker.faults_left = Fault.HANDOFF, handoffs
+                else:
+                    worker.fault, worker.faults_left = Fault.DIE_MIDSTREAM, breaks
+
+            status, events = await cluster.events(chat("hi", **MESSAGE))
+
+            assert status == 200
+            assert text_of("\n".join(f"data: {one}" for one in events).encode()) == WHOLE
+            tries = (await cluster.last())["tries"]
+            assert [one["then"] for one in tries] == ["resume"] * 4 + [None]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_what_the_cache_had_is_known_when_prefill_ends(start: Any, path: str) -> None:
+    async def scenario() -> None:
+        async with start("p0", "d0") as cluster:
+            prompt: dict[str, Any] = chat("hi " * 40) if "chat" in path else {"model": "tiny", "prompt": "hi " * 40}
+            for _ in range(2):
+                async with cluster.session.post(cluster.url + path, json={**prompt, **MESSAGE, "stream": True}) as one:
+                    assert text_of(await one.read()) == WHOLE
+                last = await cluster.last()
+
+            assert (last["first_token_from"], last["outcome"]) == ("prefill", "ok")
+            assert last["actual_cached_tokens"] > 0
 
     run(scenario())

@@ -53,6 +53,7 @@ LIMITS = Limits(retries=2, resumes=1)
         hindrance=st.sampled_from(["", "tools"]),
         retries=st.integers(0, 3),
         resumes=st.integers(0, 2),
+        decoded=st.booleans(),
     ),
     st.booleans(),
 )
@@ -68,7 +69,8 @@ def test_nothing_is_tried_again_that_the_client_has_seen_a_part_of_and_nothing_w
     if following is Next.RESUME:
         assert situation.begun
         assert not situation.hindrance
-        assert situation.moved or situation.resumes < LIMITS.resumes
+        tries_left = situation.retries < LIMITS.retries
+        assert situation.moved or (situation.resumes < LIMITS.resumes if situation.decoded else tries_left)
     if situation.client_to_blame or not (budget or situation.moved):
         assert following is Next.TELL
 
