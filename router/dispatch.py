@@ -31,6 +31,7 @@ from router.deadlines import Patience
 from router.delivery import Delivery
 from router.faults import BETWEEN, UNSEEN, Fault, LegFailed
 from router.fleet import Fleet, Worker
+from router.intake import Intake
 from router.ledger import Ledger, Outcome, Record, Try
 from router.lifecycle import Limits, Next, Situation, after
 from router.openai import (
@@ -60,10 +61,6 @@ RENDER_INLINE_BYTES = 32 * 1024
 """A longer body is rendered on a thread, so that other streams go on."""
 LONG_BYTES = 16 * 1024
 """A body that takes some tenths of a millisecond to read."""
-MOST_IN_ORDER = 16
-"""When so many wait to be read, no more do: that is for workers that have nothing to do."""
-SENDING_TURNS = 3
-"""Turns of the event loop in which a request that was read is sent."""
 LOOK_S = 0.1
 """How often a request that waits for a worker looks for one."""
 TAIL_TOKENS = 64
@@ -134,8 +131,7 @@ class Dispatcher:
         self._wall_s = wall_s
         self._rooms = rooms or random.SystemRandom()
         self._runs: dict[str, _Run] = {}
-        self._reading = asyncio.Lock()
-        self._to_read = 0
+        self._intake = Intake()
         self._limits = Limits(section.retries, section.resumes)
         self._budget = RetryBudget(section.retry_fraction, section.retry_burst)
         self._handoffs = UsualTimes(section.handoff_floor_s, section.first_byte_timeout_s)
@@ -229,28 +225,13 @@ class Dispatcher:
             raise error
 
     async def _read(self, endpoint: Endpoint, raw: bytes, *, may_resume: bool) -> ClientRequest:
-        """Of requests that come at once, one is on its way to its workers before the next one is read: a worker that
-        has nothing to do would wait until all were read. Raises ApiError."""
-        if self._to_read < MOST_IN_ORDER:
-            self._to_read += 1
-            try:
-                await self._reading.acquire()
-            finally:
-                self._to_read -= 1
-            # Also where it is no request.
-            self._let_the_next_read(SENDING_TURNS)
+        """Raises ApiError."""
+        await self._intake.turn()
         request = read(endpoint, raw, self._model, may_resume=may_resume)
         if len(raw) > LONG_BYTES:
             # Hashing it takes as long again: what other streams have to say is passed on in between.
             await asyncio.sleep(0)
         return request
-
-    def _let_the_next_read(self, turns: int) -> None:
-        """After so many turns of the event loop."""
-        if turns:
-            asyncio.get_running_loop().call_soon(self._let_the_next_read, turns - 1)
-        else:
-            self._reading.release()
 
     async def _render(self, request: ClientRequest) -> Prompt:
         if len(request.raw) <= RENDER_INLINE_BYTES or isinstance(request.body.get("prompt"), list):
