@@ -1,7 +1,7 @@
-"""SGLang's HTTP server reads a request's JSON in a third of the time: all of its streams stand still meanwhile.
+"""SGLang's HTTP server reads a request's JSON by msgspec, as all of its streams stand still while it does.
 
-A prompt of 8,192 token ids takes Python's parser 0.6 ms, msgspec 0.2. What that does not take, or would take otherwise,
-goes to Python's.
+Python's parser takes some tenths of a millisecond for a prompt of thousands of token ids. What msgspec does not take,
+or would take otherwise, goes to it.
 """
 
 from __future__ import annotations
