@@ -525,7 +525,11 @@ class FakeWorker:
         if not self.late_token:
             await response.write(self._opening(chat, body))
             await response.write(self._token(chat, body, number, last=False, usage=usage))
-        await self._wait(_rid(body), self.handing_over.wait())
+        try:
+            await self._wait(_rid(body), self.handing_over.wait())
+        except _Aborted:
+            # Its answer has begun: there is no other to give.
+            fault = Fault.DIE_MIDSTREAM
         if fault is Fault.HANDOFF:
             await response.write(_error_event(NOT_HANDED_OVER))
             return response
