@@ -6,7 +6,8 @@ Router, workers and client are a process each. The workers are simulated: a pref
 request, a decode worker sends its tokens once prefill has answered. `direct` sends both legs by hand, as the router
 does; `added` is the router's median minus that, both with decode's first token: prefill's would come sooner. Token ids
 are the client's own; a chat is text that the router renders, which the simulated workers do not: there `rendering` is a
-part of what is added, and an engine is spared it.
+part of what is added, and an engine is spared it. `8 x` is eight requests whose bytes come at once: until the first of
+their first tokens, which is how long a worker that has nothing to do waits for something.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import selectors
 import socket
 import statistics
 import sys
@@ -27,6 +29,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from benchmarks import report
 from benchmarks.bench_cluster import LOCAL_CPU, run_main
@@ -45,6 +48,7 @@ from transfer.auth import ClusterKey
 MODEL = "simulated"
 LENGTHS = (64, 1024, 8192, 32768)
 MAX_TOKENS = 2
+AT_ONCE = 8
 WITHIN_S = 60.0
 ROOM = itertools.count(1)
 
@@ -63,6 +67,7 @@ def main() -> int:
             results = [
                 row(kind, length, url, ports, options.repeats, folder) for kind in ("ids", "chat") for length in LENGTHS
             ]
+            results += [row_at_once(length, url, ports, options.repeats) for length in LENGTHS[:3]]
     columns = {
         "prompt": "kind",
         "tokens": "tokens",
@@ -97,6 +102,65 @@ def row(kind: str, length: int, url: str, ports: tuple[int, int], repeats: int, 
     }
 
 
+def row_at_once(length: int, url: str, ports: tuple[int, int], repeats: int) -> dict[str, Any]:
+    chooser = random.Random(length)
+    router_port = urlsplit(url).port or 0
+    direct_s, router_s = [], []
+    for number in range(repeats + 3):
+        prompts = [[chooser.randrange(1000, 20000) for _ in range(length)] for _ in range(AT_ONCE)]
+        bodies = [{"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0, "prompt": prompt} for prompt in prompts]
+        legs = [streaming({**body, **_meeting(ports[0])}) for body in bodies]
+        through = [
+            first_of([(port, leg) for leg in legs for port in ports], watched=ports[1]),
+            first_of([(router_port, streaming(body)) for body in bodies], watched=router_port),
+        ]
+        if number >= 3:
+            direct_s.append(through[0])
+            router_s.append(through[1])
+    direct_ms, router_ms = 1e3 * statistics.median(direct_s), 1e3 * statistics.median(router_s)
+    report.progress(f"  {AT_ONCE} x ids, {length} tokens: {direct_ms:.1f} ms, {router_ms:.1f} ms by the router")
+    return {
+        "kind": f"{AT_ONCE} x ids",
+        "tokens": length,
+        "direct_ms": round(direct_ms, 2),
+        "router_ms": round(router_ms, 2),
+        "added_ms": round(router_ms - direct_ms, 2),
+        "rendering_ms": 0.0,
+    }
+
+
+def first_of(requests: list[tuple[int, str]], watched: int) -> float:
+    """Sends all of them at once, each to its port. Seconds until the first event from `watched`; returns when all are
+    answered. Raises SystemExit where one is not in time."""
+    extra = "".join(f"{name}: {value}\r\n" for name, value in DECODES.items())
+    ready = []
+    for port, payload in requests:
+        head = f"POST {Endpoint.COMPLETIONS.value} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n{extra}"
+        head += f"content-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
+        ready.append((socket.create_connection(("127.0.0.1", port), WITHIN_S), port, (head + payload).encode()))
+    with selectors.DefaultSelector() as waiting:
+        began_s, first_s = time.perf_counter(), None
+        for one, port, message in ready:
+            one.sendall(message)
+            waiting.register(one, selectors.EVENT_READ, port)
+        while waiting.get_map():
+            found = waiting.select(WITHIN_S)
+            if not found:
+                raise SystemExit("router_added: wanted all answers, some did not come")
+            for key, _ in found:
+                answer = key.fileobj
+                assert isinstance(answer, socket.socket), "that is what was registered"
+                piece = answer.recv(1 << 16)
+                if first_s is None and key.data == watched and b"data:" in piece:
+                    first_s = time.perf_counter() - began_s
+                if not piece:
+                    waiting.unregister(answer)
+                    answer.close()
+    if first_s is None:
+        raise SystemExit("router_added: wanted a token, found none")
+    return first_s
+
+
 def _prompt(kind: str, length: int, folder: Path) -> tuple[str, dict[str, Any], int, float]:
     """Endpoint, fields, tokens, and how long the router's rendering takes by itself."""
     if kind == "ids":
@@ -125,14 +189,19 @@ def _first_s(answer: Answer) -> float:
 def _direct(ports: tuple[int, int], path: str, body: dict[str, Any]) -> Answer:
     """Both legs by hand, the prefill one in a thread; both ready before the clock begins, as the router's one is."""
     prefill, decode = ports
-    legs = {"rid": f"{next(ROOM):032x}", "bootstrap_host": "127.0.0.1", "bootstrap_port": prefill}
-    payload = streaming({**body, **legs, "bootstrap_room": next(ROOM)})
+    payload = streaming({**body, **_meeting(prefill)})
     began_s = time.perf_counter()
     other = threading.Thread(target=ask_ready, args=(f"http://127.0.0.1:{prefill}", path, payload, began_s))
     other.start()
     answer = ask_ready(f"http://127.0.0.1:{decode}", path, payload, began_s)
     other.join()
     return answer
+
+
+def _meeting(prefill: int) -> dict[str, Any]:
+    """What both legs of one request say besides the request, as the router would."""
+    legs = {"rid": f"{next(ROOM):032x}", "bootstrap_host": "127.0.0.1", "bootstrap_port": prefill}
+    return {**legs, "bootstrap_room": next(ROOM)}
 
 
 @contextmanager
