@@ -49,6 +49,7 @@ MODEL = "simulated"
 LENGTHS = (64, 1024, 8192, 32768)
 MAX_TOKENS = 2
 AT_ONCE = 8
+WARM = 3
 WITHIN_S = 60.0
 ROOM = itertools.count(1)
 
@@ -84,13 +85,31 @@ def main() -> int:
 def row(kind: str, length: int, url: str, ports: tuple[int, int], repeats: int, folder: Path) -> dict[str, Any]:
     endpoint, fields, tokens, rendering_ms = _prompt(kind, length, folder)
     body = {"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0, **fields}
-    direct_s, router_s = [], []
-    for number in range(repeats + 3):
-        through = [_first_s(_direct(ports, endpoint, body)), _first_s(ask(url, endpoint, body, headers=DECODES))]
-        if number >= 3:  # The first ones open connections.
-            direct_s.append(through[0])
-            router_s.append(through[1])
-    direct_ms, router_ms = 1e3 * statistics.median(direct_s), 1e3 * statistics.median(router_s)
+
+    def both() -> tuple[float, float]:
+        return _first_s(_direct(ports, endpoint, body)), _first_s(ask(url, endpoint, body, headers=DECODES))
+
+    return {**_medians(kind, tokens, both, repeats), "rendering_ms": rendering_ms}
+
+
+def row_at_once(length: int, url: str, ports: tuple[int, int], repeats: int) -> dict[str, Any]:
+    chooser = random.Random(length)
+    router_port = urlsplit(url).port or 0
+
+    def both() -> tuple[float, float]:
+        prompts = [[chooser.randrange(1000, 20000) for _ in range(length)] for _ in range(AT_ONCE)]
+        bodies = [{"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0, "prompt": prompt} for prompt in prompts]
+        legs = [streaming({**body, **_meeting(ports[0])}) for body in bodies]
+        direct_s = first_of([(port, leg) for leg in legs for port in ports], watched=ports[1])
+        return direct_s, first_of([(router_port, streaming(body)) for body in bodies], watched=router_port)
+
+    return {**_medians(f"{AT_ONCE} x ids", length, both, repeats), "rendering_ms": 0.0}
+
+
+def _medians(kind: str, tokens: int, both: Callable[[], tuple[float, float]], repeats: int) -> dict[str, Any]:
+    """both: seconds by hand and by the router. The first ones open connections, and do not count."""
+    taken = [both() for _ in range(WARM + repeats)][WARM:]
+    direct_ms, router_ms = (1e3 * statistics.median(seconds) for seconds in zip(*taken, strict=True))
     report.progress(f"  {kind}, {tokens} tokens: {direct_ms:.1f} ms, {router_ms:.1f} ms by the router")
     return {
         "kind": kind,
@@ -98,34 +117,6 @@ def row(kind: str, length: int, url: str, ports: tuple[int, int], repeats: int, 
         "direct_ms": round(direct_ms, 2),
         "router_ms": round(router_ms, 2),
         "added_ms": round(router_ms - direct_ms, 2),
-        "rendering_ms": rendering_ms,
-    }
-
-
-def row_at_once(length: int, url: str, ports: tuple[int, int], repeats: int) -> dict[str, Any]:
-    chooser = random.Random(length)
-    router_port = urlsplit(url).port or 0
-    direct_s, router_s = [], []
-    for number in range(repeats + 3):
-        prompts = [[chooser.randrange(1000, 20000) for _ in range(length)] for _ in range(AT_ONCE)]
-        bodies = [{"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0, "prompt": prompt} for prompt in prompts]
-        legs = [streaming({**body, **_meeting(ports[0])}) for body in bodies]
-        through = [
-            first_of([(port, leg) for leg in legs for port in ports], watched=ports[1]),
-            first_of([(router_port, streaming(body)) for body in bodies], watched=router_port),
-        ]
-        if number >= 3:
-            direct_s.append(through[0])
-            router_s.append(through[1])
-    direct_ms, router_ms = 1e3 * statistics.median(direct_s), 1e3 * statistics.median(router_s)
-    report.progress(f"  {AT_ONCE} x ids, {length} tokens: {direct_ms:.1f} ms, {router_ms:.1f} ms by the router")
-    return {
-        "kind": f"{AT_ONCE} x ids",
-        "tokens": length,
-        "direct_ms": round(direct_ms, 2),
-        "router_ms": round(router_ms, 2),
-        "added_ms": round(router_ms - direct_ms, 2),
-        "rendering_ms": 0.0,
     }
 
 

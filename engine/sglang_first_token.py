@@ -32,18 +32,13 @@ class FirstTokenHooks:
 
     def computed(self, scheduler: Any, batch: Any, result: Any) -> None:
         """Prefill has the result of a pass, and SGLang has not looked at it yet: it will send pages first."""
-        tokens = {}
-        for place, request in enumerate(batch.reqs):
-            ours = hasattr(request.disagg_kv_sender, "slots_changed")
-            over = request.to_finish or request.finished()
-            if ours and request.stream and not request.inflight_middle_chunks > 0 and not over:
-                tokens[place] = request
-        if not tokens:
+        streams = [place for place, request in enumerate(batch.reqs) if _is_streamed(request)]
+        if not streams:
             return
         if result.copy_done is not None:
             result.copy_done.synchronize()
         made = result.next_token_ids.tolist()
-        ready = [request for place, request in tokens.items() if _begins(request, made[place])]
+        ready = [batch.reqs[place] for place in streams if _begins(batch.reqs[place], made[place])]
         if ready:
             scheduler.output_streamer.stream_output(ready, False)
         for request in ready:
@@ -72,6 +67,13 @@ class FirstTokenHooks:
         if self._prebuilt:
             requests = [one for one in requests if one.finished() or one.send_token_offset < len(one.output_ids)]
         original(streamer, requests, *arguments, **named)
+
+
+def _is_streamed(request: Any) -> bool:
+    """Whether it is prefill's of ours, somebody waits for its token, and this was its last chunk."""
+    ours = hasattr(request.disagg_kv_sender, "slots_changed")
+    over = request.to_finish or request.finished()
+    return ours and request.stream and request.inflight_middle_chunks <= 0 and not over
 
 
 def _begins(request: Any, token: int) -> bool:

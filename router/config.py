@@ -106,7 +106,7 @@ class RouterSection(BaseModel):
     """Where no prefill worker is ready: 503 at once; a worker of role `both`, if there is one, and else as queue;
     or wait for one."""
     retries: Annotated[int, Field(ge=0, le=16)] = 2
-    """How often a request is tried on another pair, as long as its client has nothing of the answer."""
+    """How often a request is tried on another pair, as long as decode has said nothing of the answer."""
     resumes: Annotated[int, Field(ge=0, le=16)] = 2
     """How often a stream goes on elsewhere from the tokens that its client has; 0: it ends with an error."""
     first_token_from: Literal["prefill", "decode"] = "prefill"

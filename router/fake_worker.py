@@ -375,8 +375,7 @@ class FakeWorker:
             case Fault.HANG:
                 await self._wait(rid, asyncio.Event().wait())
             case Fault.DROP:
-                assert request.transport is not None
-                request.transport.close()
+                _cut(request)
                 return web.Response()
         ids = body.get("input_ids") or body.get("prompt") or []
         ids = ids if isinstance(ids, list) and ids and type(ids[0]) is int else []
@@ -501,8 +500,7 @@ class FakeWorker:
                     await response.write(b"data: [DONE]\n\n")
                     return response
                 case Fault.DIE_MIDSTREAM:
-                    assert request.transport is not None
-                    request.transport.close()
+                    _cut(request)
                     return response
                 case Fault.STALL:
                     await self._wait(_rid(body), asyncio.Event().wait())
@@ -534,8 +532,7 @@ class FakeWorker:
             await response.write(_error_event(NOT_HANDED_OVER))
             return response
         if fault is Fault.DIE_MIDSTREAM:
-            assert request.transport is not None
-            request.transport.close()
+            _cut(request)
             return response
         self.handoffs.deliver(body["bootstrap_room"])
         if self.late_token:
@@ -582,6 +579,12 @@ class FakeWorker:
         finally:
             wanted.cancel()
             ended.cancel()
+
+
+def _cut(request: web.Request) -> None:
+    """As the connection of a process that is killed."""
+    assert request.transport is not None
+    request.transport.close()
 
 
 def _rid(body: dict[str, Any]) -> str:

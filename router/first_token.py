@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from router.events import END, data, encoded, text_of
 from router.messages import Json
-from router.token_stream import MAX_EVENT_BYTES, TokenStream
+from router.token_stream import TokenStream
 from router.truth import untrue
 
 STREAM_OPTIONS = {"include_usage": True, "continuous_usage_stats": True}
@@ -47,20 +47,12 @@ class FirstToken:
         self._wants_usage = wants_usage
         self._over = False
         """Whether the first text has come."""
-        self._rest = b""
 
     def feed(self, piece: bytes) -> Said | None:
         """The next bytes of the answer. What the client may be told of them: once, or never."""
         said = None
-        if b"\r" in piece:
-            piece = piece.replace(b"\r\n", b"\n")
-        *events, self._rest = (self._rest + piece).split(END)
-        if len(self._rest) > MAX_EVENT_BYTES:
-            # Its beginning is not kept, and then it is no event.
-            self._rest, self._over = b"", True
-        for event in events:
-            # One by one, so that no other passes with the first.
-            if (passing := self.stream.feed(event + END)) and not self._over:
+        for passing in self.stream.each(piece):
+            if not self._over:
                 self._over = True
                 said = self._said(passing)
         return said

@@ -99,8 +99,8 @@ class Situation:
     """A failed attempt, and what was before it.
 
     begun       whether the client has anything of the answer
-    decoded     whether this attempt's decode worker has said a token; else the client has at most prefill's
     hindrance   why a stream could not go on elsewhere; "" where it could
+    decoded     whether this attempt's decode worker has said a token
     """
 
     client_to_blame: bool
@@ -109,12 +109,12 @@ class Situation:
     hindrance: str
     retries: int
     resumes: int
-    decoded: bool = True
+    decoded: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """retries, resumes  of one request: how often at most"""
+    """Of one request: how often it is tried again before decode has said a token, and goes on elsewhere after it."""
 
     retries: int
     resumes: int

@@ -54,7 +54,6 @@ class Metrics:
             labelnames=["policy", "reason"],
             registry=self._registry,
         )
-
         self._first_tokens = Counter(
             "mainstem_first_tokens",
             "Streams that are over, by which of their workers said the first token",

@@ -17,6 +17,7 @@ other byte is as the worker wrote it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from router.answer import Failure, Seen, failure_in, usage_in
@@ -73,15 +74,21 @@ class TokenStream:
 
     def feed(self, piece: bytes) -> bytes:
         """The next bytes of the worker. Returns what the client gets now."""
+        return b"".join(self.each(piece))
+
+    def each(self, piece: bytes) -> Iterator[bytes]:
+        """`feed`, event by event: what is known of the stream is what was known when each passed. To be read to its
+        end."""
         if b"\r" in piece:
             piece = piece.replace(b"\r\n", b"\n")
         *events, self._rest = (self._rest + piece).split(END)
-        passing = [out for event in events if (out := self._event(event))]
+        for event in events:
+            if out := self._event(event):
+                yield out
         if len(self._rest) > MAX_EVENT_BYTES:
             self.exact = False
-            passing.append(self._release(self._rest))
-            self._rest = b""
-        return b"".join(passing)
+            rest, self._rest = self._rest, b""
+            yield self._release(rest)
 
     def end(self) -> bytes:
         """The stream is over. Returns what is left for the client."""

@@ -444,10 +444,11 @@ class _Lane:
     """Where they count, as copy_pages.cu has it."""
 
 
-_ARGUMENTS = struct.Struct("=QIIQQQQQ")
+_FORMAT = "QIIQQQQQ"
+_ARGUMENTS = struct.Struct("=" + _FORMAT)
 """As copy_pages.cu has them, without the pages: the first buffer, how many, pieces of each, where blocks count; then
 of the record where it is, tag, pages and sequence."""
-_OFFSETS = (0, 8, 12, 16, 24, 32, 40, 48)
+_OFFSETS = tuple(struct.calcsize("=" + _FORMAT[:place]) for place in range(len(_FORMAT)))
 _NO_RECORD = (0, 0, 0, 0)
 
 

@@ -15,6 +15,16 @@ torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
 
+NEEDS_MORE: tuple[dict[str, Any], ...] = (
+    {"ends": True},
+    {"stream": False},
+    {"grammar": "a grammar"},
+    {"return_logprob": True},
+    {"return_hidden_states": True},
+)
+"""Of which SGLang says more than a token, or not yet."""
+
+
 class Request:
     def __init__(self, *, ends: bool = False, holds_back: bool = False, **changes: Any) -> None:
         self.output_ids = [7]
@@ -103,11 +113,7 @@ def test_one_that_is_held_back_is_looked_at_again() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"ends": True},
-        {"stream": False},
-        {"grammar": "a grammar"},
-        {"return_logprob": True},
-        {"return_hidden_states": True},
+        *NEEDS_MORE,
         {"output_ids": [7, 8]},
     ],
 )
@@ -162,11 +168,7 @@ def test_prefill_says_a_token_when_it_is_computed_and_leaves_the_request_as_it_w
 @pytest.mark.parametrize(
     "other",
     [
-        {"ends": True},
-        {"stream": False},
-        {"grammar": "a grammar"},
-        {"return_logprob": True},
-        {"return_hidden_states": True},
+        *NEEDS_MORE,
         {"inflight_middle_chunks": 1},
         {"to_finish": "aborted"},
         {"disagg_kv_sender": SimpleNamespace()},

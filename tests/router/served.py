@@ -11,9 +11,14 @@ from typing import Any
 import aiohttp
 
 from router.app import Router
+from router.events import text_of
 from router.fake_worker import FakeWorker
 
 PREFIX = "The quick brown fox jumps over the lazy dog. " * 20
+BOTH = ("p0", "p1", "d0", "d1")
+MESSAGE = {"max_tokens": 6, "stream_options": {"include_usage": True}}
+WHOLE = "t0 t1 t2 t3 t4 t5 "
+"""What simulated workers answer to it."""
 
 
 @dataclass
@@ -71,6 +76,11 @@ class Cluster:
 
 def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 30))
+
+
+def spoken(events: list[str]) -> str:
+    """The text of a stream's data lines."""
+    return "".join(text_of(json.loads(event)) for event in events if event != "[DONE]")
 
 
 def chat(text: str, **fields: Any) -> dict[str, Any]:

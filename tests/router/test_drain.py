@@ -8,11 +8,9 @@ from typing import Any
 
 import msgspec
 
-from tests.router.served import PREFIX, Cluster, chat, run
+from tests.router.served import PREFIX, WHOLE, Cluster, chat, run
 from transfer.auth import SIGNATURE_HEADER, ClusterKey
 from transfer.wire import Drain
-
-WHOLE = "t0 t1 t2 t3 t4 t5 "
 
 
 async def tell(cluster: Cluster, wish: Drain, key: ClusterKey | None = None) -> int:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.events import data
+from router.events import END, data, text_of
 from router.fake_worker import Fault, FaultsLeft
 from router.first_token import FirstToken, Said
 from router.token_stream import TokenStream
-from tests.router.served import chat, run
+from tests.router.served import BOTH, MESSAGE, WHOLE, chat, run, spoken
 from tests.router.test_token_stream import DONE, MORE, chunk, event, finish, mark, opening
 
 PROMPT = [5, 6, 7]
@@ -37,9 +37,9 @@ def of(raw: bytes, *, wants_usage: bool = False) -> tuple[Said | None, FirstToke
     return first.feed(raw), first
 
 
-def spoken(raw: bytes) -> str:
-    found = [data(one) for one in raw.split(b"\n\n") if one and not one.startswith(b"data: [")]
-    return "".join(one["choices"][0]["delta"].get("content", "") for one in found if one["choices"])
+def said_in(raw: bytes) -> str:
+    """Of a stream."""
+    return "".join(text_of(data(event)) for event in raw.split(END))
 
 
 def test_only_the_beginning_passes_and_the_rest_is_known() -> None:
@@ -48,7 +48,7 @@ def test_only_the_beginning_passes_and_the_rest_is_known() -> None:
     assert said is not None
     assert (said.token, said.text, said.cached_tokens) == (9, "Hi", 2)
     assert said.events.count(b'"role"') == 1
-    assert spoken(said.events) == "Hi"
+    assert said_in(said.events) == "Hi"
     assert not any(word in said.events for word in (b"usage", b'finish_reason": "', b"mainstem", b"DONE"))
     assert first.stream.done
     assert first.stream.seen.finish_reason == "length"
@@ -147,7 +147,7 @@ def test_decodes_answer_goes_on_exactly_where_prefills_ended(
     )
 
     assert stream.seen.failure is None
-    assert spoken(passed) == "".join(map(word, ids[1:]))
+    assert said_in(passed) == "".join(map(word, ids[1:]))
     assert b'"role"' not in passed
     assert passed.count(b'"finish_reason": "length"') == 1
     assert passed.endswith(DONE)
@@ -167,19 +167,9 @@ def test_an_answer_that_begins_with_another_token_has_failed_and_nothing_passes(
     assert stream.seen.failure is not None
 
 
-MESSAGE = {"max_tokens": 6, "stream_options": {"include_usage": True}}
-WHOLE = "t0 t1 t2 t3 t4 t5 "
-BOTH = ("p0", "p1", "d0", "d1")
-
-
 def said(raw: bytes) -> list[Any]:
     """The parsed events."""
     return [json.loads(line[6:]) for line in raw.decode().split("\n") if line.startswith("data: {")]
-
-
-def text_of(raw: bytes) -> str:
-    choices = [one["choices"][0] for one in said(raw) if one.get("choices")]
-    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -190,11 +180,11 @@ def test_the_client_has_it_before_decode_has_a_page(start: Any, path: str) -> No
             prompt: dict[str, Any] = chat("hi") if "chat" in path else {"model": "tiny", "prompt": "hi"}
             async with cluster.session.post(cluster.url + path, json={**prompt, **MESSAGE, "stream": True}) as response:
                 begun = await response.content.readany()
-                assert text_of(begun) == "t0 "
+                assert said_in(begun) == "t0 "
                 cluster.workers["p0"].handing_over.set()
                 raw = begun + await response.read()
 
-            assert text_of(raw) == WHOLE
+            assert said_in(raw) == WHOLE
             events = said(raw)
             assert raw.count(b'"role"') == (1 if "chat" in path else 0)
             assert [bool(one.get("usage")) for one in events] == [False] * (len(events) - 1) + [True]
@@ -226,8 +216,8 @@ def test_a_hand_off_that_fails_behind_it_costs_the_client_time_alone(start: Any,
                     cluster.workers[name].handing_over.set()
                 raw = begun + await response.read()
 
-            assert text_of(begun) == "t0 "
-            assert text_of(raw) == WHOLE
+            assert said_in(begun) == "t0 "
+            assert said_in(raw) == WHOLE
             assert raw.count(b'"role"') == 1
             assert b'"error"' not in raw
             assert said(raw)[-1]["usage"]["completion_tokens"] == 6
@@ -275,7 +265,7 @@ def test_it_is_decodes_where_the_stream_could_not_go_on(
                 cluster.url + "/v1/chat/completions", json=body, headers=headers
             ) as response:
                 assert response.status == 200
-                assert text_of(await response.read()).startswith("t0 ")
+                assert said_in(await response.read()).startswith("t0 ")
 
             assert cluster.received("p0")["stream"] is False
             assert (await cluster.last())["first_token_from"] == "decode"
@@ -296,7 +286,7 @@ def test_a_prefill_worker_that_cannot_say_it_costs_nothing(start: Any, change: d
             status, events = await cluster.events(chat("hi", **MESSAGE))
 
             assert status == 200
-            assert text_of("\n".join(f"data: {one}" for one in events).encode()) == WHOLE
+            assert spoken(events) == WHOLE
             last = await cluster.last()
             assert last["outcome"] == "ok"
             if "fault" in change:
@@ -338,7 +328,7 @@ def test_a_prefill_worker_that_is_gone_behind_it_is_replaced(start: Any) -> None
                 cluster.workers["p1" if asked == "p0" else "p0"].handing_over.set()
                 raw = begun + await asyncio.wait_for(response.read(), 10)
 
-            assert text_of(raw) == WHOLE
+            assert said_in(raw) == WHOLE
             assert [one["then"] for one in (await cluster.last())["tries"]][-2:] == ["resume", None]
 
     run(scenario())
@@ -361,7 +351,7 @@ def test_hand_offs_that_fail_behind_it_leave_the_stream_its_own_new_starts(start
             status, events = await cluster.events(chat("hi", **MESSAGE))
 
             assert status == 200
-            assert text_of("\n".join(f"data: {one}" for one in events).encode()) == WHOLE
+            assert spoken(events) == WHOLE
             tries = (await cluster.last())["tries"]
             assert [one["then"] for one in tries] == ["resume"] * 4 + [None]
 
@@ -375,7 +365,7 @@ def test_what_the_cache_had_is_known_when_prefill_ends(start: Any, path: str) ->
             prompt: dict[str, Any] = chat("hi " * 40) if "chat" in path else {"model": "tiny", "prompt": "hi " * 40}
             for _ in range(2):
                 async with cluster.session.post(cluster.url + path, json={**prompt, **MESSAGE, "stream": True}) as one:
-                    assert text_of(await one.read()) == WHOLE
+                    assert said_in(await one.read()) == WHOLE
                 last = await cluster.last()
 
             assert (last["first_token_from"], last["outcome"]) == ("prefill", "ok")

@@ -78,7 +78,7 @@ def test_nothing_is_tried_again_that_the_client_has_seen_a_part_of_and_nothing_w
 def test_a_failed_request_is_tried_so_often_and_told_then() -> None:
     told = []
     for retries in itertools.count():
-        following, why = after(Situation(False, False, False, "", retries, 0), LIMITS, budget=True)
+        following, why = after(Situation(False, False, False, "", retries, 0, False), LIMITS, budget=True)
         if following is Next.TELL:
             told.append(why)
             break

@@ -11,7 +11,7 @@ import pytest
 from router.client import Client, Message
 from router.fake_worker import FIRST_TOKEN, Fault, FaultsLeft
 from router.openai import Endpoint
-from tests.router.served import PREFIX, Cluster, chat, run
+from tests.router.served import BOTH, MESSAGE, PREFIX, WHOLE, Cluster, chat, run, spoken
 
 
 @pytest.mark.parametrize("leg", ["p0", "d0"])
@@ -292,16 +292,6 @@ def test_a_client_to_blame_makes_no_worker_suspect(start: Any) -> None:
             assert all(worker.state() == "ready" for worker in cluster.router.fleet)
 
     run(scenario())
-
-
-BOTH = ("p0", "p1", "d0", "d1")
-MESSAGE = {"max_tokens": 6, "stream_options": {"include_usage": True}}
-WHOLE = "t0 t1 t2 t3 t4 t5 "
-
-
-def spoken(events: list[str]) -> str:
-    parsed = [json.loads(event) for event in events if event != "[DONE]"]
-    return "".join(one["choices"][0]["delta"].get("content", "") for one in parsed if one.get("choices"))
 
 
 @pytest.mark.parametrize("stream", [False, True])
