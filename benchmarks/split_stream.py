@@ -93,8 +93,8 @@ class Opinions:
         """Prefill workers that cost no more than the tolerance above the least."""
         pairs, alpha = opinion.pairs, opinion.alpha
         cost_s = {
-            view.name: view.wait_s + alpha * prefill_s + min(pairs.decode_s(view))
-            for view, prefill_s in zip(pairs.prefills, pairs.prefill_s, strict=True)
+            view.name: view.wait_s + weighed_s + min(pairs.decode_s(view))
+            for view, weighed_s in zip(pairs.prefills, pairs.weighed_s(alpha), strict=True)
         }
         tolerance_s = self.scenario.cost.tie_fraction * alpha * pairs.whole_prompt_s + ROUNDING_S
         return {name for name, seconds in cost_s.items() if seconds <= min(cost_s.values()) + tolerance_s}

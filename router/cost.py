@@ -1,9 +1,12 @@
 """What a choice costs, in seconds, by constants that are learned while requests end.
 
-    wait(P) + alpha * prefill(tokens P lacks, context) + transfer(pages D lacks, P -> D) + pressure(D)
+    wait(P) + weighed(P) + transfer(pages D lacks, P -> D) + pressure(D)
+    weighed(P) = prefill on P + (alpha - 1) * prefill on a usual worker, of the tokens P lacks
 
 Everything is in one unit, so a long cached prefix can outweigh a short queue and a
-long queue can outweigh the cache, without thresholds.
+long queue can outweigh the cache, without thresholds. `alpha` weighs work that a hit would have
+spared the fleet, and a worker's own speed changes nothing about that: it counts once, in what the request
+waits for. Were it weighed too, a worker a quarter slower would idle beside one with a queue.
 
 A token attends to all before it: at position x it costs (1 + x / context_halving_tokens)
 times what the first one costs. Hence `n` tokens that end a prompt of `c` take
@@ -77,17 +80,19 @@ class CostModel:
 
     def prefills_s(self, workers: Sequence[str], uncached_tokens: Sequence[float], context_tokens: int) -> list[float]:
         """`prefill_s` of the same prompt on each of these workers, which lack so much of it."""
+        usual_s = self.usual_prefills_s(uncached_tokens, context_tokens)
+        slowness = self._slowness
+        if not slowness:
+            return usual_s
+        return [slowness.get(worker, 1.0) * seconds for worker, seconds in zip(workers, usual_s, strict=True)]
+
+    def usual_prefills_s(self, uncached_tokens: Sequence[float], context_tokens: int) -> list[float]:
+        """The same at the fleet's usual speed, whoever does it."""
         overhead_s, per_kilo_s, per_attended_s = self._prefill.constants
         # Of one uncached token, and of one times itself: a choice asks for many workers at once.
         first_s = per_kilo_s / KILO + context_tokens * per_attended_s / KILO**2
         square_s = per_attended_s / (2 * KILO**2)
-        slowness = self._slowness
-        if not slowness:
-            return [overhead_s + tokens * (first_s - tokens * square_s) for tokens in uncached_tokens]
-        return [
-            slowness.get(worker, 1.0) * (overhead_s + tokens * (first_s - tokens * square_s))
-            for worker, tokens in zip(workers, uncached_tokens, strict=True)
-        ]
+        return [overhead_s + tokens * (first_s - tokens * square_s) for tokens in uncached_tokens]
 
     def tokens_in(self, seconds: float) -> int:
         """Tokens that a worker computes in so long, at the start of a prompt."""

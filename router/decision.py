@@ -30,7 +30,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Of those, the ones that it is computing just now for another."""
     wait_ms: float
     prefill_ms: float
-    """Times alpha."""
+    """Weighed by alpha (`router.cost`)."""
     transfer_ms: float
     pressure_ms: float
     cost_ms: float
@@ -130,10 +130,10 @@ class Decision:
     def candidates(self) -> tuple[Candidate, ...]:
         """The pairs that cost the least and the chosen one, cheapest first."""
         pairs, found = self.pairs, []
-        for view, matched, prefill_s in zip(pairs.prefills, pairs.matched, pairs.prefill_s, strict=True):
-            near_s = view.wait_s + self.alpha * prefill_s
+        for view, matched, weighed_s in zip(pairs.prefills, pairs.matched, pairs.weighed_s(self.alpha), strict=True):
+            near_s = view.wait_s + weighed_s
             for decode, far_s in zip(pairs.partners(view), pairs.decode_s(view), strict=True):
-                found.append((near_s + far_s, view, decode, matched, prefill_s))
+                found.append((near_s + far_s, view, decode, matched, weighed_s))
         found.sort(key=lambda pair: pair[0])
         chosen = (self.prefill, self.decode)
         shown = found[:SHOWN_CANDIDATES]
@@ -145,12 +145,12 @@ class Decision:
                 matched_tokens=matched,
                 expected_tokens=max(0, matched - view.held_pages * pairs.ask.page_tokens),
                 wait_ms=_ms(view.wait_s),
-                prefill_ms=_ms(self.alpha * prefill_s),
+                prefill_ms=_ms(weighed_s),
                 transfer_ms=_ms(pairs.transfer_s(view, decode)),
                 pressure_ms=_ms(pairs.pressure_s(decode)),
                 cost_ms=_ms(cost_s),
             )
-            for cost_s, view, decode, matched, prefill_s in shown
+            for cost_s, view, decode, matched, weighed_s in shown
         )
 
 

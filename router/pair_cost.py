@@ -50,9 +50,7 @@ class PairCost(Policy):
 
     def choose(self, ask: Ask, pairs: Pairs) -> Pick:
         alpha = self._config.alpha
-        near_s = [
-            view.wait_s + alpha * prefill_s for view, prefill_s in zip(pairs.prefills, pairs.prefill_s, strict=True)
-        ]
+        near_s = [view.wait_s + seconds for view, seconds in zip(pairs.prefills, pairs.weighed_s(alpha), strict=True)]
         cost_s = [near + far for near, far in zip(near_s, pairs.least_decode_s, strict=True)]
         tolerance_s = self._config.tie_fraction * alpha * pairs.whole_prompt_s
         reason = ""

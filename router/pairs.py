@@ -1,6 +1,6 @@
 """Every pair (prefill worker, decode worker) for one request, with the terms of its cost in seconds.
 
-    cost(p, d) = wait(p) + alpha * prefill(p) + transfer(p, d) + pressure(d)
+    cost(p, d) = wait(p) + weighed(p) + transfer(p, d) + pressure(d)         `router.cost` says why
 
 The terms are computed when somebody first asks: most baselines never do, and they are what a
 request's explanation shows whoever chose. What is of one worker stands in lists: of a few dozen, making
@@ -67,6 +67,11 @@ class Pairs:
         """By prefill worker, until the prompt is computed once begun. What the index is not sure of counts less."""
         names = [view.name for view in self.prefills]
         return self._model.prefills_s(names, self.lacking_tokens, self.ask.prompt_tokens)
+
+    def weighed_s(self, alpha: float) -> list[float]:
+        """By prefill worker, what its prefill counts: `alpha` times, at its own speed only once."""
+        usual_s = self._model.usual_prefills_s(self.lacking_tokens, self.ask.prompt_tokens)
+        return [own_s + (alpha - 1) * usual for own_s, usual in zip(self.prefill_s, usual_s, strict=True)]
 
     @cached_property
     def lacking_tokens(self) -> list[float]:

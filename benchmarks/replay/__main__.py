@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 
 from rich.console import Console
@@ -69,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=suite.WORKERS, help="that prefill and decode")
     parser.add_argument("--pairs", metavar="PxD", help="prefill and decode workers instead, such as 6x2")
     parser.add_argument("--capacity-tokens", type=float, default=3e6, help="KV of one worker, in tokens")
+    parser.add_argument(
+        "--slowness",
+        default="1",
+        metavar="N,…",
+        help="times as slow as usual, of the workers in turn; nobody tells the router",
+    )
     parser.add_argument("--rate", type=float, default=1.0, help="open loop: times the trace's speed")
     parser.add_argument("--lanes", type=int, default=LANES, help="closed loop: sessions at a time")
     parser.add_argument("--prefill-tokens-per-s", type=float, help="of one worker; default: by the trace")
@@ -90,6 +97,18 @@ def _policies(options: argparse.Namespace) -> list[str]:
     return names
 
 
+def _slowness(text: str, model: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(one) for one in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < one < inf for one in found):
+        raise ValueError(f"--slowness: wanted numbers above 0 such as 1,1,2, found {text!r}")
+    if model == "fifo" and set(found) != {1.0}:
+        raise ValueError(f"--slowness: wanted --model sglang with it, found --model {model}: its workers are equal")
+    return found
+
+
 def _one(options: argparse.Namespace) -> int:
     trace = load(options.trace, options.format, options.page_tokens)
     if options.quick:
@@ -104,6 +123,7 @@ def _one(options: argparse.Namespace) -> int:
         decode=decode,
         capacity_tokens=int(options.capacity_tokens),
         speed=speed,
+        slowness=_slowness(options.slowness, options.model),
         seed=options.seed,
         page_tokens=trace.page_tokens,
     )

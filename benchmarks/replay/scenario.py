@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 from benchmarks.traces.trace import Trace
 from engine.sim_job import SimConfig
@@ -48,9 +49,10 @@ def speed_of(trace: Trace) -> Speed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """One fleet of equal workers.
+    """One fleet.
 
     prefill, decode  workers of these roles; none: `workers` of them do both
+    slowness         how many times the usual time each takes, in turn; the router is not told
     """
 
     workers: int
@@ -58,6 +60,7 @@ class Scenario:
     speed: Speed
     prefill: int = 0
     decode: int = 0
+    slowness: Sequence[float] = (1.0,)
     seed: int = 0
     page_tokens: int = 512
 
@@ -65,17 +68,17 @@ class Scenario:
         """(name, configuration) of every simulated worker."""
         roles: Sequence[tuple[Role, int]] = (("prefill", self.prefill), ("decode", self.decode))
         for role, workers in roles if self.prefill else (("both", self.workers),):
-            for number in range(workers):
+            for number, slowness in zip(range(workers), cycle(self.slowness), strict=False):
                 yield (
                     f"{'worker' if role == 'both' else role}-{number}",
                     SimConfig(
                         role=role,
                         capacity_tokens=self.capacity_tokens,
                         page_tokens=self.page_tokens,
-                        prefill_overhead_s=OVERHEAD_S,
-                        prefill_tokens_per_s=self.speed.prefill_tokens_per_s,
+                        prefill_overhead_s=OVERHEAD_S * slowness,
+                        prefill_tokens_per_s=self.speed.prefill_tokens_per_s / slowness,
                         context_halving_tokens=CONTEXT_HALVING_TOKENS,
-                        decode_step_s=TOKEN_S,
+                        decode_step_s=TOKEN_S * slowness,
                         page_bytes=self.page_tokens * TOKEN_BYTES,
                         handoff_bytes_per_s=HANDOFF_BYTES_PER_S,
                     ),

@@ -391,10 +391,22 @@ def test_the_command_takes_pairs(file: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads(capsys.readouterr().out.splitlines()[0])["workers"] == 8
 
 
+def test_workers_are_as_slow_as_they_are_told_to_be_in_turn(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def mean_ttft_s(slowness: str) -> float:
+        assert main(["--trace", str(file), "--policy", "round_robin", "--slowness", slowness, "--json"]) == 0
+        found: float = json.loads(capsys.readouterr().out.splitlines()[0])["ttft_s_mean"]
+        return found
+
+    assert mean_ttft_s("1") < mean_ttft_s("1,4") < mean_ttft_s("4")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--policy", "luck"], "found 'luck'"),
+        (["--slowness", "1,0"], "found '1,0'"),
+        (["--slowness", "fast"], "found 'fast'"),
+        (["--slowness", "1,2", "--model", "fifo"], "--model fifo"),
         (["--pairs", "6"], "found '6'"),
         (["--pairs", "0x2"], "found '0x2'"),
         (["--trace", "absent.jsonl"], "absent.jsonl"),

@@ -9,7 +9,7 @@ from router.cost import CostModel, Work
 from router.decision import SHOWN_CANDIDATES, Decision
 from router.pair_cost import PairCost
 from router.pairs import Pairs
-from router.policy import Ask, DecodeView, NoWorker, PrefillView, usable_tokens
+from router.policy import Ask, DecodeView, NoWorker, Pick, PrefillView, usable_tokens
 
 COST = CostConfig(
     alpha=4,
@@ -42,6 +42,16 @@ def decide(
     ask = Ask(number=number, prompt_tokens=prompt_tokens, page_tokens=16)
     pairs = Pairs(ask, prefills, decodes or [D0], CostModel(cost))
     return Decision(pairs, PairCost(cost, seed).choose(ask, pairs), "mainstem", cost.alpha)
+
+
+def of_speeds(prefills: list[PrefillView], slowness: dict[str, float]) -> Pick:
+    """The choice where each worker was found to take so many times a second for a thousand tokens."""
+    model = CostModel(COST)
+    for _ in range(16):
+        for name, slower in slowness.items():
+            model.learn_prefill(name, Work.of(1000, 1000), slower)
+    ask = Ask(number=0, prompt_tokens=1600, page_tokens=16)
+    return PairCost(COST, 0).choose(ask, Pairs(ask, prefills, [D0], model))
 
 
 def test_the_holder_of_the_prefix_gets_the_request() -> None:
@@ -80,15 +90,19 @@ def test_a_spill_goes_to_the_second_best_holder() -> None:
 
 def test_the_reason_says_why_the_holder_did_not_get_the_request_where_nobody_would_wait() -> None:
     unsure = decide([holding("p0", 40), holding("p1", 50, trust=0.5)])
-    model = CostModel(COST)
-    for _ in range(16):
-        for name, slower in (("p0", 1), ("p1", 30), ("p2", 1)):
-            model.learn_prefill(name, Work.of(1000, 1000), slower * 1.0)
-    ask = Ask(number=0, prompt_tokens=1600, page_tokens=16)
-    slow = PairCost(COST, 0).choose(ask, Pairs(ask, [PrefillView(name="p0"), holding("p1", 50)], [D0], model))
+    slow = of_speeds([PrefillView(name="p0"), holding("p1", 50)], {"p0": 1, "p1": 30, "p2": 1})
 
     assert unsure.reason == "spill: holds 640 tokens, p1 holds 800 tokens but that is not sure"
     assert slow.reason == "load: p1 holds 800 tokens but is slower"
+
+
+def test_a_slower_worker_idles_only_while_a_faster_one_is_sooner_done() -> None:
+    def busy(wait_s: float) -> str:
+        idle = PrefillView(name="p1")
+        return of_speeds([PrefillView(name="p0", wait_s=wait_s), idle], {"p0": 1, "p1": 1.5, "p2": 1}).prefill.name
+
+    assert busy(0.4) == "p0"  # 0.4 + 1.6 s, against 2.4 s; 0.32 s more would be no difference
+    assert busy(0.9) == "p1"
 
 
 def test_what_an_unsure_index_says_counts_half_and_what_it_does_not_know_nothing() -> None:
