@@ -272,6 +272,9 @@ class Attempt:
 
     async def _decode(self) -> None:
         """The decode leg: its answer goes to the client."""
+        if not self.plan.alone:
+            # Prefill's request is written in the next turn of the event loop: it is the one that is waited for.
+            await asyncio.sleep(0)
         body = self._body(keep_stream=True)
         if self.stream is not None:
             await self._relay(self.stream, body)

@@ -140,6 +140,9 @@ class Follower:
     async def _follow(self, registration: Registration, mirror: Mirror) -> None:
         sequence, turn = mirror.sequence, _Turn()
         live, replay = self._context.socket(zmq.SUB), self._context.socket(zmq.DEALER)
+        # The same sockets without futures: what has come already needs none to be read.
+        said_live: zmq.Socket[bytes] = zmq.Socket.shadow(live)
+        said_replay: zmq.Socket[bytes] = zmq.Socket.shadow(replay)
         try:
             for socket in (live, replay):
                 self._key.secure_client(socket)
@@ -158,24 +161,22 @@ class Follower:
                 readable = dict(await poller.poll(timeout=int(TICK_S * 1000)))
                 for socket in readable:
                     if socket is live:
-                        for said in await self._received(mirror.worker, live, decode_published):
+                        for said in self._received(mirror.worker, said_live, decode_published):
                             await self._take(mirror, self._heard(mirror, said, turn), replay)
                     else:
-                        for part in await self._received(mirror.worker, replay, decode_page_message):
+                        for part in self._received(mirror.worker, said_replay, decode_page_message):
                             await self._take(mirror, sequence.answered(part, self._clock_s()), replay)
                 await self._take(mirror, sequence.tick(self._clock_s()), replay)
         finally:
             live.close(linger=0)
             replay.close(linger=0)
 
-    async def _received(
-        self, name: str, socket: zmq.asyncio.Socket, decode: Callable[[bytes], Message]
-    ) -> list[Message]:
+    def _received(self, name: str, socket: zmq.Socket[bytes], decode: Callable[[bytes], Message]) -> list[Message]:
         """What has arrived, TURN_MESSAGES at most. The payload is the last frame."""
         messages: list[Message] = []
         while len(messages) < TURN_MESSAGES:
             try:
-                frames = await socket.recv_multipart(zmq.NOBLOCK)
+                frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
             try:

@@ -32,6 +32,8 @@ class Upstream:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+            # Workers set none, and to look through those that there are not takes a while.
+            cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers={"accept-encoding": "identity", "content-type": "application/json"},
             read_bufsize=READ_BYTES,
@@ -50,7 +52,9 @@ class Upstream:
         trace  a `traceparent`
         """
         try:
-            response = await self._session.post(url, data=body, headers={"traceparent": trace} if trace else None)
+            response = await self._session.post(
+                url, data=body, headers={"traceparent": trace} if trace else None, allow_redirects=False
+            )
         except aiohttp.ClientConnectorError as error:
             raise LegFailed(worker, Fault.UNREACHABLE, f"{worker} cannot be reached") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
