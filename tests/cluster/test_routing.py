@@ -12,7 +12,7 @@ from engine.launch.cluster import Cluster
 PREFIX_WORDS = 1050
 """As many tokens of SmolLM2."""
 LONG_WORDS = 1900
-"""Nearly all that it takes: a worker that computes them is the wrong one even for who believes it to be twice as fast."""
+"""Nearly all that it takes. A worker that computes them is the wrong one even if it is believed to be twice as fast."""
 EVENT_TRAVEL_S = 0.5
 
 
@@ -41,7 +41,7 @@ def test_a_shared_prefix_goes_to_the_same_worker_and_the_engine_reports_it_cache
 
 
 def test_another_prefix_goes_to_the_other_worker(live: Cluster) -> None:
-    """While the first one is computed: which of two idle workers is the better one is learned, and here mostly noise."""
+    """While the first one is computed: which of two idle workers is the better one is learned, from noise mostly."""
     with ThreadPoolExecutor() as clients:
         running = clients.submit(asked, live, sentence(102, LONG_WORDS))
         while not any(worker["outstanding_uncached_tokens"] for worker in get_json(live.url, "/api/state")["workers"]):

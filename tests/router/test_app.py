@@ -520,6 +520,8 @@ def test_unknown_paths_are_refused_in_the_apis_shape(start: Any) -> None:
             status, answer = await cluster.get("/v1/embeddings")
             assert (status, set(answer["error"])) == (404, {"message", "type", "param", "code"})
             assert (await cluster.get("/api/explain/none"))[0] == 404
+            status, answer = await cluster.get("/v1/chat/completions")
+            assert (status, set(answer["error"])) == (405, {"message", "type", "param", "code"})
 
     run(scenario())
 
