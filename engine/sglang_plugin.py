@@ -15,6 +15,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     one rank asks itself           -> engine.sglang_polls
     a step behind freed pages      -> engine.sglang_landing
     nothing to compute             -> engine.sglang_idle
+    a beginning for many at once   -> engine.sglang_siblings
     a request's JSON               -> engine.sglang_json
     no CUDA                        -> engine.sglang_cpu
 """
@@ -41,6 +42,7 @@ from engine.sglang_idle import IdleHook
 from engine.sglang_landing import LandingHook
 from engine.sglang_layers import LayerHooks
 from engine.sglang_overlap import OverlapHooks
+from engine.sglang_siblings import SiblingHook
 from engine.sglang_slots import SlotReader
 from engine.spec import EPOCH_VARIABLE, SPEC_VARIABLE, WorkerSpec, page_socket
 from transfer.pool import SharedArena
@@ -76,6 +78,7 @@ def register() -> None:
     OverlapHooks(reader, first_tokens.computed).register()
     LandingHook().register()
     IdleHook().register()
+    SiblingHook().register()
     sglang_token_ids.register()
     sglang_json.register()
     sglang_polls.apply()
