@@ -13,6 +13,8 @@ PREFIX_WORDS = 1050
 """As many tokens of SmolLM2."""
 LONG_WORDS = 1900
 """Nearly all that it takes. A worker that computes them is the wrong one even if it is believed to be twice as fast."""
+SHARED_WORDS = 300
+"""Less than a pass takes, and more than is computed twice (engine.siblings)."""
 EVENT_TRAVEL_S = 0.5
 
 
@@ -53,6 +55,26 @@ def test_another_prefix_goes_to_the_other_worker(live: Cluster) -> None:
     newest = get_json(live.url, "/api/state")["requests"][0]
     why = get_json(live.url, f"/api/explain/{newest['id']}")["decision"]
     assert {first.prefill, other.prefill} == {"prefill-0", "prefill-1"}, why
+
+
+def test_requests_that_begin_alike_and_wait_together_have_their_beginning_computed_once(live: Cluster) -> None:
+    """Each as the router said, though all of them would fit into one pass."""
+    system = sentence(107, SHARED_WORDS)
+    with ThreadPoolExecutor() as clients:
+        busy = [clients.submit(asked, live, sentence(108 + number, PREFIX_WORDS)) for number in range(2)]
+        while not all(
+            worker["outstanding_uncached_tokens"]
+            for worker in get_json(live.url, "/api/state")["workers"]
+            if worker["role"] == "prefill"
+        ):
+            assert not any(one.done() for one in busy), "both were to be computed while the others wait"
+            time.sleep(0.02)
+        alike = [clients.submit(asked, live, f"{system} question {number}") for number in range(3)]
+        answers = [one.result() for one in (*alike, *busy)][:3]
+
+    assert len({answer.prefill for answer in answers}) == 1
+    assert all(answer.cached_tokens == answer.matched_tokens for answer in answers), answers
+    assert sorted(bool(answer.cached_tokens) for answer in answers) == [False, True, True]
 
 
 def test_a_prompt_seen_before_is_cached_but_for_its_last_page(live: Cluster) -> None:
