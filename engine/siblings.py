@@ -8,6 +8,7 @@ new system prompt nine would compute it again. One pass later they find it.
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -26,25 +27,45 @@ class Prompt:
     """
 
     def __init__(self, ids: array[int], space: str | None, cached: Callable[[], int]) -> None:
-        self.ids = ids
-        self.space = space
+        self._ids = ids
+        self._space = space
         self._cached = cached
 
     @cached_property
     def beginning(self) -> tuple[str | None, bytes] | None:
-        """Equal for all that might follow each other; None for one that is too short for it."""
-        if len(self.ids) < LEAST_TOKENS:
-            return None
-        return self.space, self.ids[:LEAST_TOKENS].tobytes()
-
-    def follows(self, other: Prompt) -> bool:
-        """Whether so many tokens that it lacks are the beginning of the other one too, in the same space."""
-        end = self._cached_tokens + LEAST_TOKENS
-        return len(self.ids) >= end and len(other.ids) >= end and self.ids[:end] == other.ids[:end]
+        """Equal for all that might wait for each other; None for one that is too short for it."""
+        return (self._space, self._ids[:LEAST_TOKENS].tobytes()) if len(self._ids) >= LEAST_TOKENS else None
 
     @cached_property
-    def _cached_tokens(self) -> int:
-        return self._cached()
+    def lacking(self) -> bytes | None:
+        """It up to so many tokens beyond those in the cache; None where it has no such. Whoever begins with the same
+        has as many in the cache, so it is the same of both."""
+        end = self._cached() + LEAST_TOKENS
+        return self._ids[:end].tobytes() if len(self._ids) >= end else None
+
+    def begins(self, tokens: bytes) -> bool:
+        """Whether it begins with these."""
+        end = len(tokens) // self._ids.itemsize
+        return self._ids[:end].tobytes() == tokens
+
+
+class _Alike:
+    """Prompts of one beginning."""
+
+    def __init__(self) -> None:
+        self.computing: list[Prompt] = []
+        self._first: list[Prompt] = []
+
+    def waits(self, prompt: Prompt) -> bool:
+        """Whether this one does for another. Else others may wait for it."""
+        if self.computing or self._first:
+            lacking = prompt.lacking
+            if lacking is not None and (
+                any(one.lacking == lacking for one in self._first) or any(one.begins(lacking) for one in self.computing)
+            ):
+                return True
+        self._first.append(prompt)
+        return False
 
 
 def followers(waiting: Sequence[Prompt], computing: Sequence[Prompt]) -> list[int]:
@@ -53,17 +74,12 @@ def followers(waiting: Sequence[Prompt], computing: Sequence[Prompt]) -> list[in
     waiting    in the order in which they are to be computed
     computing  those that are being computed, and are not in the cache yet
     """
-    leaders: dict[tuple[str | None, bytes], list[Prompt]] = {}
+    alike: defaultdict[tuple[str | None, bytes], _Alike] = defaultdict(_Alike)
     for one in computing:
         if one.beginning is not None:
-            leaders.setdefault(one.beginning, []).append(one)
-    found = []
-    for place, one in enumerate(waiting[:LOOKED_AT]):
-        if one.beginning is None:
-            continue
-        same = leaders.setdefault(one.beginning, [])
-        if any(one.follows(leader) for leader in same):
-            found.append(place)
-        else:
-            same.append(one)
-    return found
+            alike[one.beginning].computing.append(one)
+    return [
+        place
+        for place, one in enumerate(waiting[:LOOKED_AT])
+        if one.beginning is not None and alike[one.beginning].waits(one)
+    ]
