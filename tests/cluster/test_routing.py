@@ -30,6 +30,10 @@ def page_floor(cluster: Cluster, tokens: int) -> int:
     return tokens // page * page
 
 
+def busy_workers(cluster: Cluster) -> int:
+    return sum(bool(one["outstanding_uncached_tokens"]) for one in get_json(cluster.url, "/api/state")["workers"])
+
+
 def test_a_shared_prefix_goes_to_the_same_worker_and_the_engine_reports_it_cached(live: Cluster) -> None:
     prefix = sentence(101, PREFIX_WORDS)
 
@@ -46,7 +50,7 @@ def test_another_prefix_goes_to_the_other_worker(live: Cluster) -> None:
     """While the first one is computed: which of two idle workers is the better one is learned, from noise mostly."""
     with ThreadPoolExecutor() as clients:
         running = clients.submit(asked, live, sentence(102, LONG_WORDS))
-        while not any(worker["outstanding_uncached_tokens"] for worker in get_json(live.url, "/api/state")["workers"]):
+        while not busy_workers(live):
             assert not running.done(), "it was to be computed while the other one is sent"
             time.sleep(0.02)
         other = asked(live, sentence(103, PREFIX_WORDS))
@@ -58,23 +62,23 @@ def test_another_prefix_goes_to_the_other_worker(live: Cluster) -> None:
 
 
 def test_requests_that_begin_alike_and_wait_together_have_their_beginning_computed_once(live: Cluster) -> None:
-    """Each as the router said, though all of them would fit into one pass."""
+    """Each as the router said, though both of them would fit into one pass."""
     system = sentence(107, SHARED_WORDS)
     with ThreadPoolExecutor() as clients:
-        busy = [clients.submit(asked, live, sentence(108 + number, PREFIX_WORDS)) for number in range(2)]
-        while not all(
-            worker["outstanding_uncached_tokens"]
-            for worker in get_json(live.url, "/api/state")["workers"]
-            if worker["role"] == "prefill"
-        ):
-            assert not any(one.done() for one in busy), "both were to be computed while the others wait"
-            time.sleep(0.02)
-        alike = [clients.submit(asked, live, f"{system} question {number}") for number in range(3)]
-        answers = [one.result() for one in (*alike, *busy)][:3]
+        busy = []
+        for words in (LONG_WORDS, PREFIX_WORDS):
+            busy.append(clients.submit(asked, live, sentence(108 + words, words)))
+            while busy_workers(live) < len(busy):
+                assert not any(one.done() for one in busy), "both were to be computed while the others wait"
+                time.sleep(0.02)
+        first = clients.submit(asked, live, f"{system} one question")
+        time.sleep(EVENT_TRAVEL_S)
+        second = clients.submit(asked, live, f"{system} another question")
+        answers = first.result(), second.result()
 
-    assert len({answer.prefill for answer in answers}) == 1
-    assert all(answer.cached_tokens == answer.matched_tokens for answer in answers), answers
-    assert sorted(bool(answer.cached_tokens) for answer in answers) == [False, True, True]
+    assert answers[0].prefill == answers[1].prefill, answers
+    assert [answer.cached_tokens for answer in answers] == [answer.matched_tokens for answer in answers], answers
+    assert answers[0].cached_tokens == 0 < answers[1].cached_tokens, answers
 
 
 def test_a_prompt_seen_before_is_cached_but_for_its_last_page(live: Cluster) -> None:

@@ -29,24 +29,30 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asks(name: str, question: int, *, system: array[int] = SYSTEM, salt: str | None = None) -> SimpleNamespace:
     ids = system + array("q", [1_000_000 + question] * PAGE)
-    return SimpleNamespace(name=name, origin_input_ids=ids, extra_key=salt)
+    return SimpleNamespace(name=name, origin_input_ids=ids, extra_key=salt, return_logprob=False, session=None)
 
 
 class Scheduler:
     """takes  how many requests fit into a pass; comes  one that joins the queue while the pass is formed"""
 
     def __init__(self, *waiting: SimpleNamespace, takes: int = 99, comes: SimpleNamespace | None = None) -> None:
+        from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
         from sglang.srt.mem_cache.radix_cache import RadixCache
 
         self.tree_cache = RadixCache.create_simulated(page_size=PAGE)
         self.waiting_queue = list(waiting)
         self.last_batch: Any = None
         self.chunked_req: Any = None
+        self.policy = SimpleNamespace(policy=CacheAgnosticPolicy.FCFS)
+        self.enable_priority_scheduling = self.enable_hicache_storage = False
+        self.page_size = PAGE
         self._takes = takes
         self._comes = comes
 
-    def under_way(self, *requests: SimpleNamespace, prefill: bool = True) -> None:
-        self.last_batch = SimpleNamespace(reqs=list(requests), forward_mode=SimpleNamespace(is_extend=lambda: prefill))
+    def under_way(self, *requests: SimpleNamespace, mode: str = "EXTEND") -> None:
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        self.last_batch = SimpleNamespace(reqs=list(requests), forward_mode=ForwardMode[mode])
 
     def computed(self, request: SimpleNamespace) -> None:
         from sglang.srt.mem_cache.base_prefix_cache import InsertParams
@@ -103,11 +109,49 @@ def test_a_pass_under_way_and_a_prompt_computed_in_part_are_waited_for() -> None
     assert scheduler.next_pass() == ["b"]
 
 
-def test_a_step_of_running_requests_is_not_waited_for() -> None:
+@pytest.mark.parametrize("mode", ["DECODE", "MIXED"])
+def test_a_step_of_running_requests_is_not_waited_for(mode: str) -> None:
     scheduler = Scheduler(asks("b", 2))
-    scheduler.under_way(asks("a", 1), prefill=False)
+    scheduler.under_way(asks("a", 1), mode=mode)
 
     assert scheduler.next_pass() == ["b"]
+
+
+def test_of_forty_alike_none_overtakes() -> None:
+    first, *others = (asks(str(number), number) for number in range(40))
+    scheduler = Scheduler(first, *others)
+
+    assert scheduler.next_pass() == ["0"]
+    scheduler.computed(first)
+    assert scheduler.next_pass() == [other.name for other in others]
+
+
+def test_those_with_a_cached_beginning_wait_where_they_go_on_alike() -> None:
+    scheduler = Scheduler(asks("a", 1), asks("b", 2), asks("c", 1))
+    scheduler.computed(asks("before", 7))
+    assert scheduler.next_pass() == ["a", "b", "c"]
+
+    more = SYSTEM + array("q", range(5000, 5000 + LEAST_TOKENS))
+    scheduler = Scheduler(asks("a", 1, system=more), asks("b", 2), asks("c", 3, system=more))
+    scheduler.computed(asks("before", 7))
+    assert scheduler.next_pass() == ["a", "b"]
+
+
+def test_where_others_than_the_first_may_go_first_nobody_waits() -> None:
+    from sglang.srt.managers.schedule_policy import CacheAwarePolicy
+
+    by_prefix, by_priority = (Scheduler(asks("a", 1), asks("b", 2)) for _ in range(2))
+    by_prefix.policy.policy = CacheAwarePolicy.LPM
+    by_priority.enable_priority_scheduling = True
+
+    assert by_prefix.next_pass() == by_priority.next_pass() == ["a", "b"]
+
+
+def test_one_that_wants_its_prompts_log_probabilities_waits_for_nobody() -> None:
+    wants = asks("b", 2)
+    wants.return_logprob = True
+
+    assert Scheduler(asks("a", 1), wants).next_pass() == ["a", "b"]
 
 
 def test_salts_share_nothing() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.siblings import LEAST_TOKENS, LOOKED_AT, Prompt, followers
+from engine.siblings import LEAST_TOKENS, LOOKED_AT, Cached, Prompt, followers
 
 PART_TOKENS = LEAST_TOKENS // 2
 """A prompt is a row of parts: two that it shares with another are just enough."""
@@ -21,7 +21,12 @@ def tokens(parts: Parts) -> array[int]:
 
 def prompt(parts: Parts, cached: Sequence[Parts] = (), space: str | None = None) -> Prompt:
     """A request for these parts, where the cache has what `cached` were."""
-    return Prompt(tokens(parts), space, lambda: PART_TOKENS * max((shared(parts, one) for one in cached), default=0))
+
+    def known() -> Cached:
+        count = max((shared(parts, one) for one in cached), default=0)
+        return Cached(tuple(parts[:count]), PART_TOKENS * count)
+
+    return Prompt(tokens(parts), space, known)
 
 
 def shared(some: Parts, others: Parts) -> int:
@@ -60,11 +65,22 @@ def test_a_short_beginning_is_computed_twice() -> None:
     assert followers([prompt([1, 2]), prompt([1, 3]), prompt([1]), prompt([1])], []) == []
 
 
-def test_of_a_long_queue_only_its_head_is_looked_at() -> None:
-    waiting = [prompt([place, place]) for place in range(LOOKED_AT)] + [prompt([0, 0])]
+def test_of_a_long_queue_only_so_many_are_looked_at_as_could_be_computed_next() -> None:
+    alone = [prompt([place, place]) for place in range(LOOKED_AT)]
 
-    assert followers(waiting, []) == []
-    assert followers(waiting[1:], [prompt([0, 0])]) == [LOOKED_AT - 1]
+    assert followers([*alone, prompt([0, 0])], []) == []
+    assert followers([*alone[1:], prompt([0, 0])], [prompt([0, 0])]) == [LOOKED_AT - 1]
+
+
+def test_those_that_wait_make_no_room_for_others_like_them() -> None:
+    assert followers([prompt([1, 2, place]) for place in range(100)], []) == list(range(1, 100))
+
+
+def test_alike_is_alike_by_a_whole_page_of_a_cache_with_long_ones() -> None:
+    def long(last: int) -> Prompt:
+        return Prompt(tokens([1, 2, 3, last]), None, lambda: Cached("nothing", 0), least=4 * PART_TOKENS)
+
+    assert followers([long(4), long(5), long(4)], []) == [2]
 
 
 PROMPTS = st.lists(st.lists(st.integers(1, 3), max_size=5), max_size=8)
