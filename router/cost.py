@@ -76,18 +76,17 @@ class CostModel:
 
     def prefill_s(self, worker: str, uncached_tokens: float, context_tokens: int) -> float:
         """One prefill of the last `uncached_tokens` of a prompt of `context_tokens`, alone on this worker."""
-        return self.prefills_s([worker], [uncached_tokens], context_tokens)[0]
+        return self.at_own_speed_s([worker], self.usual_prefills_s([uncached_tokens], context_tokens))[0]
 
-    def prefills_s(self, workers: Sequence[str], uncached_tokens: Sequence[float], context_tokens: int) -> list[float]:
-        """`prefill_s` of the same prompt on each of these workers, which lack so much of it."""
-        usual_s = self.usual_prefills_s(uncached_tokens, context_tokens)
+    def at_own_speed_s(self, workers: Sequence[str], usual_s: list[float]) -> list[float]:
+        """What each of these workers takes for what usually takes so long."""
         slowness = self._slowness
         if not slowness:
             return usual_s
         return [slowness.get(worker, 1.0) * seconds for worker, seconds in zip(workers, usual_s, strict=True)]
 
     def usual_prefills_s(self, uncached_tokens: Sequence[float], context_tokens: int) -> list[float]:
-        """The same at the fleet's usual speed, whoever does it."""
+        """Prefills of the same prompt by workers that lack so much of it, at the fleet's usual speed."""
         overhead_s, per_kilo_s, per_attended_s = self._prefill.constants
         # Of one uncached token, and of one times itself: a choice asks for many workers at once.
         first_s = per_kilo_s / KILO + context_tokens * per_attended_s / KILO**2

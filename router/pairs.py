@@ -65,13 +65,12 @@ class Pairs:
     @cached_property
     def prefill_s(self) -> list[float]:
         """By prefill worker, until the prompt is computed once begun. What the index is not sure of counts less."""
-        names = [view.name for view in self.prefills]
-        return self._model.prefills_s(names, self.lacking_tokens, self.ask.prompt_tokens)
+        return self._model.at_own_speed_s([view.name for view in self.prefills], self._usual_prefill_s)
 
     def weighed_s(self, alpha: float) -> list[float]:
         """By prefill worker, what its prefill counts: `alpha` times, at its own speed only once."""
-        usual_s = self._model.usual_prefills_s(self.lacking_tokens, self.ask.prompt_tokens)
-        return [own_s + (alpha - 1) * usual for own_s, usual in zip(self.prefill_s, usual_s, strict=True)]
+        both = zip(self.prefill_s, self._usual_prefill_s, strict=True)
+        return [own_s + (alpha - 1) * usual_s for own_s, usual_s in both]
 
     @cached_property
     def lacking_tokens(self) -> list[float]:
@@ -117,6 +116,11 @@ class Pairs:
     def pressure_s(self, decode: DecodeView) -> float:
         """What this request costs those that decode there."""
         return self._model.pressure_s(decode.running_requests)
+
+    @cached_property
+    def _usual_prefill_s(self) -> list[float]:
+        """`prefill_s` if none were slower or faster than usual."""
+        return self._model.usual_prefills_s(self.lacking_tokens, self.ask.prompt_tokens)
 
     @cached_property
     def _apart(self) -> list[str]:

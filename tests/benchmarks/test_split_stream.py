@@ -41,12 +41,14 @@ def trace(at_s: list[float]) -> Trace:
 
 EVENLY = trace([number * 0.06 for number in range(180)])
 TOGETHER = trace([number // 10 * 0.6 for number in range(180)])
+RATE = 1.2
+"""Times EVENLY's: at its own, two routers that tell each other nothing are seldom in each other's way."""
 SCENARIO = Scenario(workers=4, capacity_tokens=1000 * PAGE, speed=Speed(7000, 1.0), page_tokens=PAGE)
 
 
 @cache
 def row(routers: Routers, seed: int = 0) -> dict[str, Any]:
-    return measure(EVENLY, replace(SCENARIO, seed=seed), 1.0, routers)
+    return measure(EVENLY, replace(SCENARIO, seed=seed), RATE, routers)
 
 
 def deaf(column: str) -> float:
@@ -58,7 +60,7 @@ def test_one_router_has_nobody_to_ask() -> None:
     alone = row(Routers(1))
 
     assert (alone["asked"], alone["agreement"], alone["same"], alone["gossip"]) == (0, None, None, False)
-    outcome = Cluster(SCENARIO, PairCost.name).open_loop(EVENLY, 1.0)
+    outcome = Cluster(SCENARIO, PairCost.name).open_loop(EVENLY, RATE)
     assert alone["ttft_s_mean"] == round(outcome.ttft_mean, 3)
 
 
@@ -67,7 +69,7 @@ def test_routers_that_tell_each_other_agree_more_than_those_that_do_not() -> Non
 
     assert told["asked"] == deaf("asked") == 180
     assert told["agreement"] > 0.85
-    assert deaf("agreement") < told["agreement"] - 0.02
+    assert deaf("agreement") < told["agreement"] - 0.03
     assert told["same"] <= told["agreement"]
 
 

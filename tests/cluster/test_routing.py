@@ -33,10 +33,6 @@ def page_floor(cluster: Cluster, tokens: int) -> int:
     return tokens // page * page
 
 
-def busy_workers(cluster: Cluster) -> int:
-    return sum(bool(one["outstanding_uncached_tokens"]) for one in get_json(cluster.url, "/api/state")["workers"])
-
-
 def test_a_shared_prefix_goes_to_the_same_worker_and_the_engine_reports_it_cached(live: Cluster) -> None:
     prefix = sentence(101, PREFIX_WORDS)
 
@@ -53,7 +49,7 @@ def test_another_prefix_goes_to_the_other_worker(live: Cluster) -> None:
     """While the first one is computed: which of two idle workers is the better one is learned, from noise mostly."""
     with ThreadPoolExecutor() as clients:
         running = clients.submit(asked, live, sentence(102, LONG_WORDS))
-        while not busy_workers(live):
+        while not any(worker["outstanding_uncached_tokens"] for worker in get_json(live.url, "/api/state")["workers"]):
             assert not running.done(), "it was to be computed while the other one is sent"
             time.sleep(0.02)
         other = asked(live, sentence(103, PREFIX_WORDS))
