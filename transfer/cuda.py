@@ -31,6 +31,28 @@ class Allocation:
     size_bytes: int
 
 
+class Launch(ctypes.Structure):
+    """How a kernel is launched: CUlaunchConfig, made once, as to say all of it anew takes microseconds."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_uint),
+        ("blocks_y", ctypes.c_uint),
+        ("blocks_z", ctypes.c_uint),
+        ("threads", ctypes.c_uint),
+        ("threads_y", ctypes.c_uint),
+        ("threads_z", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+    def __init__(self, stream: Any, threads: int) -> None:
+        """Of one block, until `blocks` is set."""
+        super().__init__(1, 1, 1, threads, 1, 1, 0, int(stream), None, 0)
+        self.pointer = ctypes.addressof(self)
+
+
 class Device:
     """One GPU of this process. Raises CudaFailed where there is none of this number, or no driver."""
 
@@ -192,7 +214,7 @@ class Device:
         """The stream goes no further until what the event is now is done; one that was never recorded is done."""
         self._check_held("cuStreamWaitEvent", _driver_held().cuStreamWaitEvent(int(stream), int(event), 0))
 
-    def kernel(self, source: str, name: str, options: Sequence[str] = ()) -> Any:
+    def kernel(self, source: str, name: str, options: Sequence[str] = ()) -> int:
         """A function of this CUDA C++ program. Raises CudaFailed with the compiler's words."""
         module = self._call(
             "cuModuleLoadData", compiled(source, (*options, f"--gpu-architecture={self._architecture}"))
@@ -200,13 +222,12 @@ class Device:
         function = self._call("cuModuleGetFunction", module, name.encode())
         # Not when it is first launched, as is usual: that waits for whatever the GPU is doing then.
         self._call("cuFuncLoad", function)
-        return function
+        return int(function)
 
-    def launch(self, function: Any, blocks: int, threads: int, stream: Any, arguments: int) -> None:
+    def launch(self, function: int, launch: Launch, arguments: int) -> None:
         """arguments: where the addresses of the parameters lie, one after the other; read before this returns"""
-        shape = (blocks, 1, 1, threads, 1, 1, 0)
-        error = _driver_held().cuLaunchKernel(int(function), *shape, int(stream), arguments, None)
-        self._check_held("cuLaunchKernel", error)
+        error = _driver_held().cuLaunchKernelEx(launch.pointer, function, arguments, None)
+        self._check_held("cuLaunchKernelEx", error)
 
     @property
     def _architecture(self) -> str:
@@ -260,7 +281,7 @@ def _driver_held() -> ctypes.PyDLL:
     library.cuEventQuery.argtypes = [pointer]
     library.cuEventRecord.argtypes = [pointer, pointer]
     library.cuStreamWaitEvent.argtypes = [pointer, pointer, number]
-    library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, *[pointer] * 3]
+    library.cuLaunchKernelEx.argtypes = [pointer] * 4
     return library
 
 

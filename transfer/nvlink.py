@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfer.computed import Computed
-from transfer.cuda import CudaFailed, Device
+from transfer.cuda import CudaFailed, Device, Launch
 from transfer.landed_ring import SIZE_BYTES, NoRing, RingAddress, RingReader, RingWriter
 from transfer.layout import PoolLayout
 from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
@@ -283,7 +283,9 @@ class NvlinkRoute:
         self._check_pages(source, destination)
         for start in range(0, len(source), MOST_PAGES[-1]):
             end = start + MOST_PAGES[-1]
-            await self._tell(lane, tag, source[start:end], destination[start:end], len(source[start:end]))
+            if self._job.ring.full:
+                await self._room()
+            self._tell(lane, tag, source[start:end], destination[start:end], len(source[start:end]))
 
     async def write_ahead(self, source: Pages, destination: Pages, fresh: int, computed: Computed) -> None:
         self._check_pages(source, destination)
@@ -308,15 +310,20 @@ class NvlinkRoute:
             self._job.copy(self._job.ahead, source[start:end], destination[start:end], rows)
 
     async def confirm(self, tag: int, pages: int) -> None:
+        if self._job.ring.full:
+            await self._room()
         nothing = np.empty(0, np.int32)
-        await self._tell(self._job.ahead, tag, nothing, nothing, pages)
+        self._tell(self._job.ahead, tag, nothing, nothing, pages)
 
-    async def _tell(self, lane: _Lane, tag: int, source: Pages, destination: Pages, pages: int) -> None:
-        """One launch, with a record of so many pages. Waits for a place for it."""
+    async def _room(self) -> None:
+        """Until there is a place for a record, or no leave to write any more."""
         since_s = time.monotonic()
         while self._job.ring.full and self._leave.given:
             self._check()
             await _pause(since_s)
+
+    def _tell(self, lane: _Lane, tag: int, source: Pages, destination: Pages, pages: int) -> None:
+        """One launch, with a record of so many pages."""
         self._check()
         self._hold()
         try:
@@ -442,6 +449,7 @@ class _Lane:
     stream: Any
     blocks_done: int
     """Where they count, as copy_pages.cu has it."""
+    launch: Launch
 
 
 _FORMAT = "QIIQQQQQ"
@@ -456,7 +464,7 @@ class _Copy:
     """The kernel of one route, its streams and its arguments."""
 
     def __init__(
-        self, device: Device, kernels: list[Any], blocks: int, table: _Table, ring: RingWriter, undo: ExitStack
+        self, device: Device, kernels: list[int], blocks: int, table: _Table, ring: RingWriter, undo: ExitStack
     ) -> None:
         """undo: takes back what was made, where the rest comes to nothing. Raises CudaFailed."""
         self.ring = ring
@@ -476,17 +484,19 @@ class _Copy:
             streams.append(device.stream())
             undo.callback(device.destroy_stream, streams[-1])
         self.lanes = self.now, self.ahead = (
-            _Lane(streams[0], self._memory),
-            _Lane(streams[1], self._memory + COUNTERS_BYTES // 2),
+            _Lane(streams[0], self._memory, Launch(streams[0], THREADS)),
+            _Lane(streams[1], self._memory + COUNTERS_BYTES // 2, Launch(streams[1], THREADS)),
         )
         self.all = range(len(table.rows))
+        self._row_bytes = table.rows.strides[0]
         self._pieces = -(-int(table.rows[:, 2].max()) // PIECE_BYTES)
-        self._pages = [np.zeros(1 + 2 * most, np.int32) for most in MOST_PAGES]
         self._kept = ctypes.create_string_buffer(_ARGUMENTS.size)
         kept = [ctypes.addressof(self._kept) + offset for offset in _OFFSETS]
-        self._arguments = [np.array([*kept, pages.ctypes.data], np.uintp) for pages in self._pages]
-        # Asked once: numpy takes two microseconds to say where an array lies.
+        pages = [np.zeros(1 + 2 * most, np.int32) for most in MOST_PAGES]
+        self._arguments = [np.array([*kept, one.ctypes.data], np.uintp) for one in pages]
+        # Asked once: numpy takes two microseconds to say where an array lies, and long to fill one that is short.
         self._arguments_at = [arguments.ctypes.data for arguments in self._arguments]
+        self._pages = [one.data for one in pages]
 
     @property
     def idle(self) -> bool:
@@ -510,13 +520,13 @@ class _Copy:
         size = bisect_left(MOST_PAGES, count)
         pages, most = self._pages[size], MOST_PAGES[size]
         pages[0] = count
-        pages[1 : 1 + count] = source
-        pages[1 + most : 1 + most + count] = destination
-        start = self._memory + COUNTERS_BYTES + buffers.start * self.table.rows.strides[0]
+        pages[1 : 1 + count] = source.data
+        pages[1 + most : 1 + most + count] = destination.data
+        start = self._memory + COUNTERS_BYTES + buffers.start * self._row_bytes
         _ARGUMENTS.pack_into(self._kept, 0, start, len(buffers), self._pieces, lane.blocks_done, *record)
         warps = count * len(buffers) * self._pieces
-        blocks = max(1, min(self._blocks, -(-warps // WARPS)))
-        self._device.launch(self._kernels[size], blocks, THREADS, lane.stream, self._arguments_at[size])
+        lane.launch.blocks = max(1, min(self._blocks, -(-warps // WARPS)))
+        self._device.launch(self._kernels[size], lane.launch, self._arguments_at[size])
 
     def close(self) -> None:
         """Once its streams are idle."""

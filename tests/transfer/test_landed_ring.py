@@ -17,7 +17,7 @@ class Gpu:
 
     def __init__(self, writer: RingWriter) -> None:
         self._writer = writer
-        self._words = np.frombuffer(writer._mapped.memory, np.uint64)
+        self._words = np.frombuffer(writer._words, np.uint64)
         self._late: list[tuple[int, int, int, int]] = []
 
     def launch(self, tag: int, pages: int) -> None:
