@@ -21,19 +21,17 @@ struct Buffer {
 };
 
 struct Record {
-    u64 tag;
-    u64 pages;
-    u64 sequence;
-    u64 unused;
+    u64 first;
+    u64 second;
 };
 
-static const unsigned LANES = 32, IN_FLIGHT = 8;
+static const unsigned LANES = 32, IN_FLIGHT = 4;
 static const unsigned PIECE_BYTES = LANES * IN_FLIGHT * sizeof(uint4);
 
 template <unsigned MOST>
 __device__ __forceinline__ void copy(
     const Buffer* __restrict__ buffers, unsigned buffer_count, unsigned pieces_a_page, unsigned* blocks_done,
-    Record* record, u64 tag, u64 record_pages, u64 sequence, const Pages<MOST>& pages)
+    Record* record, u64 first, u64 second, const Pages<MOST>& pages)
 {
     const unsigned lane = threadIdx.x % LANES;
     const u64 warps = (u64)gridDim.x * (blockDim.x / LANES);
@@ -57,25 +55,25 @@ __device__ __forceinline__ void copy(
         for (unsigned step = 0; step < IN_FLIGHT; step++)
             if (step * LANES + lane < vectors) __stcs(to + step * LANES + lane, held[step]);
     }
-    // Every store of this block before its count; every block's before the record, for the host and for the peer.
-    __threadfence_system();
+    // Every store of this block before its count; every block's before the record, for the host and for the peer. A fence
+    // is also one for what its thread has seen of others: one thread's will do.
     __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(blocks_done, 1) == gridDim.x - 1) {
-        *blocks_done = 0;
-        if (!record) return;
-        record->tag = tag;
-        record->pages = record_pages;
-        __threadfence_system();
-        *(volatile u64*)&record->sequence = sequence;
-    }
+    if (threadIdx.x != 0) return;
+    __threadfence_system();
+    if (atomicAdd(blocks_done, 1) != gridDim.x - 1) return;
+    *blocks_done = 0;
+    if (!record) return;
+    __threadfence_system();
+    *(volatile u64*)&record->first = first;
+    *(volatile u64*)&record->second = second;
 }
 
 #define COPY_PAGES(MOST)                                                                                          \
     extern "C" __global__ void __launch_bounds__(1024) copy_pages_##MOST(                                         \
         const Buffer* __restrict__ buffers, unsigned buffer_count, unsigned pieces_a_page, unsigned* blocks_done, \
-        Record* record, u64 tag, u64 record_pages, u64 sequence, const __grid_constant__ Pages<MOST> pages)       \
+        Record* record, u64 first, u64 second, const __grid_constant__ Pages<MOST> pages)                         \
     {                                                                                                             \
-        copy<MOST>(buffers, buffer_count, pieces_a_page, blocks_done, record, tag, record_pages, sequence, pages);\
+        copy<MOST>(buffers, buffer_count, pieces_a_page, blocks_done, record, first, second, pages);              \
     }
 
 COPY_PAGES(64)

@@ -37,7 +37,7 @@ import numpy.typing as npt
 
 from transfer.computed import Computed
 from transfer.cuda import CudaFailed, Device, Launch
-from transfer.landed_ring import SIZE_BYTES, NoRing, RingAddress, RingReader, RingWriter
+from transfer.landed_ring import SIZE_BYTES, NoRing, RingAddress, RingReader, RingWriter, record
 from transfer.layout import PoolLayout
 from transfer.lease import Lease, LeaseAddress, Leave, Withdrawn
 from transfer.plan import Pages, check_lengths, check_range
@@ -51,7 +51,7 @@ MOST_PAGES = (64, 1024, 4000)
 """Of one launch; a kernel for each in copy_pages.cu. The last is what fits into a launch's arguments."""
 THREADS = 1024
 WARPS = THREADS // 32
-PIECE_BYTES = 4096
+PIECE_BYTES = 2048
 """What a warp copies at a time (copy_pages.cu)."""
 VECTOR_BYTES = 16
 COUNTERS_BYTES = 256
@@ -452,12 +452,12 @@ class _Lane:
     launch: Launch
 
 
-_FORMAT = "QIIQQQQQ"
+_FORMAT = "QIIQQQQ"
 _ARGUMENTS = struct.Struct("=" + _FORMAT)
 """As copy_pages.cu has them, without the pages: the first buffer, how many, pieces of each, where blocks count; then
-of the record where it is, tag, pages and sequence."""
+where the record is, and its two words."""
 _OFFSETS = tuple(struct.calcsize("=" + _FORMAT[:place]) for place in range(len(_FORMAT)))
-_NO_RECORD = (0, 0, 0, 0)
+_NO_RECORD = (0, 0, 0)
 
 
 class _Copy:
@@ -506,16 +506,16 @@ class _Copy:
     def copy_and_tell(self, lane: _Lane, tag: int, source: Pages, destination: Pages, pages: int) -> None:
         """At most MOST_PAGES[-1] pages; a record of `pages`. Only where the ring is not full. Raises CudaFailed."""
         sequence, offset = self.ring.next()
-        self._launch(lane, source, destination, self.all, (self._ring_pointer + offset, tag, pages, sequence))
+        self._launch(lane, source, destination, self.all, (self._ring_pointer + offset, *record(sequence, tag, pages)))
 
     def copy(self, lane: _Lane, source: Pages, destination: Pages, buffers: range) -> None:
         """At most MOST_PAGES[-1] pages of these rows of the table, and nobody is told. Raises CudaFailed."""
         self._launch(lane, source, destination, buffers, _NO_RECORD)
 
     def _launch(
-        self, lane: _Lane, source: Pages, destination: Pages, buffers: range, record: tuple[int, int, int, int]
+        self, lane: _Lane, source: Pages, destination: Pages, buffers: range, told: tuple[int, int, int]
     ) -> None:
-        """record: as the last of _ARGUMENTS"""
+        """told: as the last of _ARGUMENTS"""
         count = len(source)
         size = bisect_left(MOST_PAGES, count)
         pages, most = self._pages[size], MOST_PAGES[size]
@@ -523,7 +523,7 @@ class _Copy:
         pages[1 : 1 + count] = source.data
         pages[1 + most : 1 + most + count] = destination.data
         start = self._memory + COUNTERS_BYTES + buffers.start * self._row_bytes
-        _ARGUMENTS.pack_into(self._kept, 0, start, len(buffers), self._pieces, lane.blocks_done, *record)
+        _ARGUMENTS.pack_into(self._kept, 0, start, len(buffers), self._pieces, lane.blocks_done, *told)
         warps = count * len(buffers) * self._pieces
         lane.launch.blocks = max(1, min(self._blocks, -(-warps // WARPS)))
         self._device.launch(self._kernels[size], lane.launch, self._arguments_at[size])

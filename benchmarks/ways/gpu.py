@@ -29,7 +29,7 @@ from benchmarks.ways.ends import WAIT_S, DecodeEnd, HandOffFailed, PrefillEnd
 from benchmarks.ways.memory import WrongByte
 from benchmarks.ways.mooncake_raw import MooncakeDecode, MooncakePrefill
 from benchmarks.ways.product import ProductDecode, ProductPrefill
-from benchmarks.ways.told import SEQUENCE_AT, wait_until_told
+from benchmarks.ways.told import begin_to_tell, wait_until_told
 from benchmarks.ways.ucx_raw import Buffers, UcxDecode, UcxPrefill
 from transfer.cuda import CudaFailed, Device
 from transfer.gpu_memory import GpuMemory
@@ -215,8 +215,8 @@ class _CopyPrefill:
         else:
             pointers = zip(self._memory.pointers, self._there, self._memory.layout.page_bytes, strict=True)
             self._device.copy(self._stream, [(here, there, len(source) * size) for here, there, size in pointers])
-        sequence, offset = self._ring.next()
-        self._device.write_word(self._stream, self._ring_pointer + offset + SEQUENCE_AT, sequence)
+        offset, last = begin_to_tell(self._ring)
+        self._device.write_word(self._stream, self._ring_pointer + offset, last)
         return began_s
 
     def close(self) -> None:

@@ -8,16 +8,21 @@ import time
 from collections.abc import Callable
 
 from benchmarks.ways.ends import WAIT_S, HandOffFailed
-from transfer.landed_ring import RingReader, RingWriter
-
-SEQUENCE_AT = 16
-"""Of a record in the ring, in bytes."""
+from transfer.landed_ring import RECORD_BYTES, RingReader, RingWriter, record
 
 
 def tell(ring: RingWriter) -> None:
     """Only once the pages can be read on the other side."""
+    offset, last = begin_to_tell(ring)
+    ctypes.c_uint32.from_address(ring.pointer + offset).value = last
+
+
+def begin_to_tell(ring: RingWriter) -> tuple[int, int]:
+    """All of a record but its last 32 bits: where they belong, from the ring's beginning, and what they are."""
     sequence, offset = ring.next()
-    ctypes.c_uint64.from_address(ring.pointer + offset + SEQUENCE_AT).value = sequence
+    first, second = record(sequence, 0, 0)
+    ctypes.c_uint64.from_address(ring.pointer + offset).value = first
+    return offset + RECORD_BYTES - 4, second >> 32
 
 
 def wait_until_told(ring: RingReader, meanwhile: Callable[[], object] = lambda: None) -> float:

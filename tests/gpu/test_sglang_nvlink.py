@@ -21,11 +21,11 @@ import pytest
 import yaml
 
 from benchmarks.added_ttft import ahead_pages
-from benchmarks.client import complete, get_json
+from benchmarks.client import Answer, complete, get_json
 from benchmarks.gpu_cluster import MODEL as MODEL_NAME
 from benchmarks.gpu_cluster import gpu_config
 from benchmarks.gpu_systems import all_running
-from benchmarks.reference import OUTPUT_TOKENS, Reference, generate, prompt_of
+from benchmarks.reference import OUTPUT_TOKENS, VOCABULARY, Reference, generate, prompt_of
 from engine.launch.cluster import Cluster
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -34,6 +34,7 @@ PROMPTS = int(os.environ.get("MAINSTEM_GPU_PROMPTS", "200"))
 MODEL = "MAINSTEM_GPU_MODEL"
 POOL_TOKENS = 16384
 """KV slots of each worker: SGLang would take what another worker of the same GPU has left."""
+BEGINNING_TOKENS = 1500
 NEAR = 0.5
 """In log-probability: a logit of 20 is a multiple of 0.125 in bfloat16."""
 
@@ -127,6 +128,34 @@ def test_outputs_are_the_monolithic_ones_where_prompts_are_handed_over_at_once(
     print(f"{name}: {len(prompts)} prompts at once, {compared} tokens compared, at most {farthest:.4f} apart")
     assert farthest <= NEAR
     assert compared > 1.5 * len(prompts), "the first one comes from prefill: only later ones say what landed"
+
+
+def test_of_prompts_at_once_that_begin_alike_the_beginning_is_computed_once(clusters: dict[str, Cluster]) -> None:
+    """While the GPU computes a pass, SGLang's overlap forms the next one, which finds in the cache nothing of it."""
+    cluster, worker = clusters["pass"], clusters["alone"].plan.workers[0]
+    chooser = random.Random(13)
+    beginning = chooser.choices(VOCABULARY, k=BEGINNING_TOKENS)
+    prompts = [beginning + chooser.choices(VOCABULARY, k=40) for _ in range(8)]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        # Log-probabilities of a prompt's beginning would have it computed each time.
+        found = list(threads.map(lambda prompt: said(cluster, prompt), prompts))
+    for answer, prompt in zip(found, prompts, strict=True):
+        alone = generate(f"http://{worker.host}:{worker.port}", worker.served_model, prompt)
+        spelled = tokens(alone)
+        same = max(count for count in range(OUTPUT_TOKENS + 1) if answer.text.startswith("".join(spelled[:count])))
+        # Half a character is spelled otherwise.
+        apart = same < OUTPUT_TOKENS and "\ufffd" not in spelled[same]
+        assert not apart or margin(alone, same) < 2 * NEAR, (same, answer.text, alone["text"])
+    cached = sorted(answer.cached_tokens for answer in found)
+    print(f"8 prompts at once, {BEGINNING_TOKENS} tokens of each the same: {cached} tokens cached")
+    assert cached[0] < 100
+    assert cached[1] > BEGINNING_TOKENS - 100
+
+
+def said(cluster: Cluster, prompt: list[int]) -> Answer:
+    answer = complete(cluster.url, MODEL_NAME, prompt, OUTPUT_TOKENS, ignore_eos=True)
+    assert answer.error == "", answer
+    return answer
 
 
 def tokens(choice: dict[str, Any]) -> list[str]:
