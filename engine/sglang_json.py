@@ -2,6 +2,9 @@
 
 Python's parser takes some tenths of a millisecond for a prompt of thousands of token ids. What msgspec does not take,
 or would take otherwise, goes to it.
+
+A decode worker takes in a long prompt, of which the JSON is the least part, behind a step's tokens (`BetweenSteps`):
+nobody waits for that, as prefill has yet to compute it.
 """
 
 from __future__ import annotations
@@ -12,23 +15,45 @@ from typing import Any
 import msgspec
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from engine.between_steps import BetweenSteps
 from engine.spec import SPEC_VARIABLE
+
+LONG_BYTES = 16 * 1024
+"""A body that takes a millisecond to take in."""
 
 
 def register() -> None:
     """Called once in each process, before SGLang's hooks are applied."""
-    HookRegistry.register("starlette.requests.Request.json", read, HookType.AROUND)
+    hook = JsonHook(BetweenSteps())
+    HookRegistry.register("starlette.requests.Request.json", hook.read, HookType.AROUND)
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
+    HookRegistry.register(manager + "_handle_batch_output", hook.output, HookType.AROUND)
 
 
-async def read(original: Any, request: Any) -> Any:
-    """What FastAPI takes for the body; starlette keeps it under this name."""
-    if SPEC_VARIABLE not in os.environ:
-        return await original(request)
-    if not hasattr(request, "_json"):
-        try:
-            request._json = msgspec.json.decode(await request.body())
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            # Python's also takes NaN, numbers beyond a double's, half a surrogate pair, other encodings; and it is the
-            # one that says what is wrong.
+class JsonHook:
+    """Of one process."""
+
+    def __init__(self, between: BetweenSteps) -> None:
+        self._between = between
+
+    async def output(self, original: Any, manager: Any, received: Any) -> None:
+        """A step's tokens, which its requests pass on from here. On a decode worker, as others' prompts are urgent."""
+        await original(manager, received)
+        if manager.server_args.disaggregation_mode == "decode":
+            self._between.stepped()
+
+    async def read(self, original: Any, request: Any) -> Any:
+        """What FastAPI takes for the body; starlette keeps it under this name."""
+        if SPEC_VARIABLE not in os.environ:
             return await original(request)
-    return request._json
+        if not hasattr(request, "_json"):
+            raw = await request.body()
+            if len(raw) > LONG_BYTES:
+                await self._between.place()
+            try:
+                request._json = msgspec.json.decode(raw)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                # Python's also takes NaN, numbers beyond a double's, half a surrogate pair, other encodings; and it is
+                # the one that says what is wrong.
+                return await original(request)
+        return request._json

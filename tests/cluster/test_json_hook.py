@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pkgutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from fastapi.testclient import TestClient
 from sglang.srt.plugins.hook_registry import HookRegistry
 from starlette.requests import Request
 
-from engine.sglang_json import read, register
+from engine.between_steps import BetweenSteps
+from engine.sglang_json import LONG_BYTES, JsonHook, register
 from engine.spec import SPEC_VARIABLE
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
+read = JsonHook(BetweenSteps()).read
 JSON = {"content-type": "application/json"}
 values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -112,3 +115,37 @@ def test_it_is_asked_for_what_a_route_gets(monkeypatch: pytest.MonkeyPatch) -> N
     with TestClient(app) as client:
         assert client.post("/", content=b'{"a": [1, 2]}', headers=JSON).json() == {"a": [1, 2]}
     assert asked == [{"a": [1, 2]}]
+
+
+class Manager:
+    """As much of SGLang's as the hook looks at."""
+
+    def __init__(self, mode: str) -> None:
+        self.server_args = SimpleNamespace(disaggregation_mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "length", "waits"), [("decode", LONG_BYTES, True), ("decode", 9, False), ("prefill", LONG_BYTES, False)]
+)
+def test_a_decode_worker_takes_a_long_body_in_behind_the_next_steps_tokens(mode: str, length: int, waits: bool) -> None:
+    hook, manager, said = JsonHook(BetweenSteps()), Manager(mode), []
+
+    async def step() -> None:
+        async def original(_manager: Any, received: str) -> None:
+            said.append(received)
+
+        await hook.output(original, manager, "tokens")
+
+    async def taken_in() -> None:
+        assert await hook.read(Request.json, request_of(json.dumps("x" * length).encode())) == "x" * length
+        said.append("body")
+
+    async def both() -> None:
+        await step()
+        taking = asyncio.create_task(taken_in())
+        await asyncio.sleep(0.01)
+        await step()
+        await taking
+
+    asyncio.run(both())
+    assert said == (["tokens", "tokens", "body"] if waits else ["tokens", "body", "tokens"])
