@@ -11,7 +11,8 @@ A route copies in order: pages of a pass that is yet to be computed must not go 
 confirmed. So with SGLang's overlap, which begins a pass before it looks at the result of the last one, they wait for
 that.
 Which pages they are is known to the GPU first; to ask it would be to wait for the pass before, so it is told to say
-(`SlotReader`), and by the time that the pages may leave it has.
+(`SlotReader`), once the pass is in its stream, as an idle GPU waits for that; by the time that the pages may leave it
+has.
 
 For a model that does not come by that way, or runs in one CUDA graph, all layers are computed at the end of the pass.
 Then pages leave at once from there: still before the CPU has heard of it. Why only behind run_batch: `Computed`.
@@ -35,7 +36,8 @@ class _Going:
     """One request of a pass whose pages are to go ahead."""
 
     sender: Any
-    slots: SlotsRead
+    slots: torch.Tensor
+    """Of its tokens, in SGLang's table."""
     fresh: int
     """How many of its pages the pass computes, the last ones."""
 
@@ -48,8 +50,8 @@ class LayerHooks:
         self._passes: ForwardPasses | None = None
         """Of the process, while one of them runs whose layers leave before it is over."""
         self._manager: Any = None
-        self._going: list[_Going] = []
-        """Of the pass that runs, or was put into its stream last."""
+        self._going: list[tuple[_Going, SlotsRead]] = []
+        """Of the pass that was put into its stream last."""
         self._computed: Computed | None = None
         """When that one is, where its pages are still to leave."""
 
@@ -64,10 +66,12 @@ class LayerHooks:
         manager = _manager_of(scheduler)
         if manager is None or not batch.forward_mode.is_extend():
             return original(scheduler, batch, *arguments, **named)
-        self._manager, self._going = manager, self._about_to_run(scheduler, batch)
-        if not self._going:
+        page_tokens, table = scheduler.token_to_kv_pool_allocator.page_size, scheduler.req_to_token_pool.req_to_token
+        going = _about_to_run(batch, page_tokens, table)
+        self._manager, self._going = manager, []
+        if not going:
             return original(scheduler, batch, *arguments, **named)
-        passes = manager.passes
+        written, passes = self._reader.written(table), manager.passes
         passes.begin(stream_of(scheduler).cuda_stream)
         if manager.by_layers:
             self._passes = passes
@@ -76,6 +80,7 @@ class LayerHooks:
         finally:
             self._passes = None
         self._computed = passes.end()
+        self._going = [(one, self._reader.read(one.slots, page_tokens, written)) for one in going]
         if not scheduler.enable_overlap:
             self._leave()
         return result
@@ -87,35 +92,33 @@ class LayerHooks:
         if self._passes is not None:
             self._passes.reaches((named["layer"] if "layer" in named else arguments[4]).layer_id)
 
-    def _about_to_run(self, scheduler: Any, batch: Any) -> list[_Going]:
-        """The requests of the pass whose pages go ahead: those that are full when it is over, and a prompt's last one.
-
-        Also a request that decode has not granted pages yet: it may have when the pass is in its stream.
-        """
-        page_tokens = scheduler.token_to_kv_pool_allocator.page_size
-        table = scheduler.req_to_token_pool.req_to_token
-        going = []
-        for request in batch.reqs:
-            # A request of SGLang's own, to warm up or to ask for health, has a sender of SGLang's own.
-            sender = request.disagg_kv_sender
-            if not hasattr(sender, "leaves_ahead"):
-                continue
-            sender.leaves_ahead = sender.goes_ahead()
-            if not sender.leaves_ahead:
-                continue
-            end = request.extend_range.end
-            if end < len(request.origin_input_ids):
-                end -= end % page_tokens
-            pages = -(-end // page_tokens)
-            slots = self._reader.read(table[request.req_pool_idx, :end], page_tokens)
-            fresh = max(0, pages - request.extend_range.start // page_tokens)
-            going.append(_Going(sender, slots, fresh))
-        return going
-
     def _leave(self) -> None:
         computed, self._computed = self._computed, None
         if computed is not None:
-            self._manager.ahead([one.sender.going(one.slots.pages(), one.fresh) for one in self._going], computed)
+            self._manager.ahead([one.sender.going(slots.pages(), one.fresh) for one, slots in self._going], computed)
+
+
+def _about_to_run(batch: Any, page_tokens: int, table: torch.Tensor) -> list[_Going]:
+    """The requests of the pass whose pages go ahead: those that are full when it is over, and a prompt's last one.
+
+    Also a request that decode has not granted pages yet: it may have when the pass is in its stream.
+    """
+    going = []
+    for request in batch.reqs:
+        # A request of SGLang's own, to warm up or to ask for health, has a sender of SGLang's own.
+        sender = request.disagg_kv_sender
+        if not hasattr(sender, "leaves_ahead"):
+            continue
+        sender.leaves_ahead = sender.goes_ahead()
+        if not sender.leaves_ahead:
+            continue
+        end = request.extend_range.end
+        if end < len(request.origin_input_ids):
+            end -= end % page_tokens
+        pages = -(-end // page_tokens)
+        fresh = max(0, pages - request.extend_range.start // page_tokens)
+        going.append(_Going(sender, table[request.req_pool_idx, :end], fresh))
+    return going
 
 
 def layers_of(buffers: int, *, is_mla: bool) -> tuple[tuple[int, ...], ...]:

@@ -47,11 +47,15 @@ class SlotReader:
         stream: AbstractContextManager[None] = torch.cuda.stream(self._stream)
         return stream
 
-    def read(self, slots: torch.Tensor, page_tokens: int) -> SlotsRead:
-        """Asks for the pages of these slots, as they are once the current stream comes here. Does not wait."""
-        if not slots.is_cuda:
+    def written(self, table: torch.Tensor) -> Any:
+        """An event: what has been put into the current stream to write to this table of slots. None on a CPU."""
+        return torch.cuda.current_stream().record_event() if table.is_cuda else None
+
+    def read(self, slots: torch.Tensor, page_tokens: int, written: Any) -> SlotsRead:
+        """Asks for the pages of these slots, as they are once the GPU has come to `written`. Does not wait."""
+        if written is None:
             return SlotsRead(slots[::page_tokens] // page_tokens, None)
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_event(written)
         with self.aside():
             found = slots[::page_tokens] // page_tokens
             pages = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
