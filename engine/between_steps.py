@@ -29,14 +29,15 @@ class BetweenSteps:
         self._stepped_s = -RUNNING_S
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    def stepped(self) -> None:
-        """The tokens of a step are about to be passed on."""
-        self._stepped_s = self._clock_s()
+    def stepped(self, *, goes_on: bool) -> None:
+        """The tokens of a step are about to be passed on. goes_on: more will come"""
+        self._stepped_s = self._clock_s() if goes_on else -RUNNING_S
         while self._waiting:
             place = self._waiting.popleft()
             if not place.done():
                 place.set_result(None)
-                return
+                if goes_on:
+                    return
 
     async def place(self) -> None:
         """Returns when there is time for a piece of work that holds the loop up."""

@@ -1,7 +1,9 @@
 """Who streams says a first token when it has it: prefill when it is computed, decode when it has come with the pages.
 
 SGLang 0.5.16 says it later. Prefill waits until the pages are handed over, and a router that does not want to wait for
-that asks it for a stream. Decode first builds a batch for the request, which for a long prompt takes some milliseconds.
+that asks it for a stream. And with its overlap it looks at a pass when it has launched the next one: that takes tens of
+milliseconds, and for long prompts begins when the pass is over, as to plan the next one waits for the GPU.
+Decode first builds a batch for the request, which for a long prompt takes some milliseconds.
 A token after which the request is over is said by SGLang, as it knows why.
 """
 
@@ -20,6 +22,8 @@ class FirstTokenHooks:
     def __init__(self) -> None:
         self._prebuilt = False
         """Whether SGLang is saying the first tokens of such a batch."""
+        self._said: Any = None
+        """The result of a pass whose first tokens were said before SGLang looks at it."""
 
     def register(self) -> None:
         queue = "sglang.srt.disaggregation.decode.DecodeTransferQueue."
@@ -29,9 +33,24 @@ class FirstTokenHooks:
         HookRegistry.register(queue + "pop_transferred", self.transferred, HookType.AFTER)
         HookRegistry.register(processor + "process_batch_result_prebuilt", self.prebuilt, HookType.AROUND)
         HookRegistry.register(streamer + "stream_output", self.stream_output, HookType.AROUND)
+        HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", self.before_pass, HookType.BEFORE)
+
+    def before_pass(self, scheduler: Any, batch: Any, *_arguments: Any, **_named: Any) -> None:
+        """Prefill is about to launch a pass: what the GPU has of the one before is said now."""
+        prefills = scheduler.disagg_prefill_bootstrap_queue is not None and batch.forward_mode.is_extend()
+        if not (prefills and scheduler.enable_overlap and scheduler.result_queue):
+            return
+        before, result = scheduler.result_queue[-1]
+        # Where sampling is put off, the event is recorded later.
+        if result.copy_done is not None and result.delay_sample_func is None and result.copy_done.query():
+            self.computed(scheduler, before, result)
+            self._said = result
 
     def computed(self, scheduler: Any, batch: Any, result: Any) -> None:
         """Prefill has the result of a pass, and SGLang has not looked at it yet: it will send pages first."""
+        said, self._said = self._said, None
+        if said is result:
+            return
         streams = [place for place, request in enumerate(batch.reqs) if _is_streamed(request)]
         if not streams:
             return

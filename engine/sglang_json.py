@@ -40,7 +40,7 @@ class JsonHook:
         """A step's tokens, which its requests pass on from here. On a decode worker, as others' prompts are urgent."""
         await original(manager, received)
         if manager.server_args.disaggregation_mode == "decode":
-            self._between.stepped()
+            self._between.stepped(goes_on=None in received.finished_reasons)
 
     async def read(self, original: Any, request: Any) -> Any:
         """What FastAPI takes for the body; starlette keeps it under this name."""

@@ -139,18 +139,39 @@ def computing(**changes: Any) -> Request:
 class Copied:
     """The event after which a pass's tokens are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, there: bool = True) -> None:
+        self.there = there
         self.waited = False
+
+    def query(self) -> bool:
+        return self.there
 
     def synchronize(self) -> None:
         self.waited = True
 
 
+def result_of(*requests: Request, copied: Copied | None = None, delayed: Any = None) -> SimpleNamespace:
+    tokens = torch.tensor([7] * len(requests))
+    return SimpleNamespace(copy_done=copied or Copied(), next_token_ids=tokens, delay_sample_func=delayed)
+
+
 def computed(worker: Worker, *requests: Request) -> Copied:
-    copied = Copied()
-    result = SimpleNamespace(copy_done=copied, next_token_ids=torch.tensor([7] * len(requests)))
+    result = result_of(*requests)
     worker.hooks.computed(worker.scheduler, SimpleNamespace(reqs=list(requests)), result)
+    copied: Copied = result.copy_done
     return copied
+
+
+def next_pass(worker: Worker, before: SimpleNamespace, *requests: Request, **changes: Any) -> None:
+    """SGLang is about to launch one, with its overlap, and has not looked at the one before."""
+    fields = {
+        "enable_overlap": True,
+        "disagg_prefill_bootstrap_queue": "a queue",
+        "result_queue": [(SimpleNamespace(reqs=list(requests)), before)],
+    }
+    vars(worker.scheduler).update(fields | changes)
+    mode = SimpleNamespace(is_extend=lambda: True)
+    worker.hooks.before_pass(worker.scheduler, SimpleNamespace(forward_mode=mode))
 
 
 def test_prefill_says_a_token_when_it_is_computed_and_leaves_the_request_as_it_was() -> None:
@@ -180,6 +201,42 @@ def test_prefill_says_nothing_of_one_that_is_over_or_needs_more(other: dict[str,
     assert worker.said == []
     assert (one.output_ids, one.finished_reason, one.finished_len) == ([], None, None)
     assert one.sampling_params.max_new_tokens == 1
+
+
+def test_what_the_gpu_has_when_the_next_pass_is_launched_is_said_before_that_and_not_again() -> None:
+    worker, one = Worker(), computing()
+    result = result_of(one)
+    next_pass(worker, result, one)
+    assert worker.said == [one]
+    worker.hooks.computed(worker.scheduler, SimpleNamespace(reqs=[one]), result)
+    assert worker.said == [one]
+    two = computing()
+    computed(worker, two)
+    assert worker.said == [one, two]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"enable_overlap": False},
+        {"disagg_prefill_bootstrap_queue": None},
+        {"result_queue": []},
+    ],
+)
+def test_where_no_pass_of_prefills_is_over_nothing_is_said_early(other: dict[str, Any]) -> None:
+    worker, one = Worker(), computing()
+    next_pass(worker, result_of(one), one, **other)
+    assert worker.said == []
+
+
+def test_a_pass_that_is_under_way_is_not_waited_for() -> None:
+    for late in ({"copied": Copied(there=False)}, {"delayed": "a function"}):
+        worker, one = Worker(), computing()
+        result = result_of(one, **late)
+        next_pass(worker, result, one)
+        assert worker.said == []
+        worker.hooks.computed(worker.scheduler, SimpleNamespace(reqs=[one]), result)
+        assert worker.said == [one]
 
 
 def test_nobody_waits_for_a_pass_of_which_nothing_is_said() -> None:

@@ -131,10 +131,10 @@ def test_a_decode_worker_takes_a_long_body_in_behind_the_next_steps_tokens(mode:
     hook, manager, said = JsonHook(BetweenSteps()), Manager(mode), []
 
     async def step() -> None:
-        async def original(_manager: Any, received: str) -> None:
-            said.append(received)
+        async def original(_manager: Any, _received: Any) -> None:
+            said.append("tokens")
 
-        await hook.output(original, manager, "tokens")
+        await hook.output(original, manager, SimpleNamespace(finished_reasons=[None, {"type": "stop"}]))
 
     async def taken_in() -> None:
         assert await hook.read(Request.json, request_of(json.dumps("x" * length).encode())) == "x" * length

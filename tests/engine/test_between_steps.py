@@ -28,7 +28,7 @@ def test_where_nothing_is_passed_on_nothing_waits() -> None:
     async def placed() -> None:
         between = BetweenSteps(lambda: now_s[0])
         assert await at_once(between)
-        between.stepped()
+        between.stepped(goes_on=True)
         assert not await at_once(between)
         now_s[0] += 2 * between_steps.RUNNING_S
         assert await at_once(between)
@@ -39,7 +39,7 @@ def test_where_nothing_is_passed_on_nothing_waits() -> None:
 def test_one_piece_of_work_a_step_in_the_order_in_which_it_came() -> None:
     async def placed() -> None:
         between, done = BetweenSteps(), []
-        between.stepped()
+        between.stepped(goes_on=True)
 
         async def work(number: int) -> None:
             await between.place()
@@ -49,7 +49,7 @@ def test_one_piece_of_work_a_step_in_the_order_in_which_it_came() -> None:
         await turns(2)
         assert done == []
         for count in range(1, 4):
-            between.stepped()
+            between.stepped(goes_on=True)
             await turns(TURNS)
             assert len(done) == count - 1, "the step's tokens come first"
             await turns(2)
@@ -62,14 +62,28 @@ def test_one_piece_of_work_a_step_in_the_order_in_which_it_came() -> None:
 def test_a_step_that_does_not_come_is_not_waited_for() -> None:
     async def placed() -> None:
         between = BetweenSteps()
-        between.stepped()
+        between.stepped(goes_on=True)
         await asyncio.wait_for(between.place(), 10 * between_steps.PATIENCE_S)
         # What has been given up takes no step from others.
-        between.stepped()
+        between.stepped(goes_on=True)
         waiting = asyncio.create_task(between.place())
         await turns(1)
-        between.stepped()
+        between.stepped(goes_on=True)
         await turns(TURNS + 2)
         assert waiting.done()
+
+    asyncio.run(placed())
+
+
+def test_behind_the_last_step_nothing_waits() -> None:
+    async def placed() -> None:
+        between = BetweenSteps()
+        between.stepped(goes_on=True)
+        waiting = [asyncio.create_task(between.place()) for _ in range(2)]
+        await turns(1)
+        between.stepped(goes_on=False)
+        await turns(TURNS + 2)
+        assert [one.done() for one in waiting] == [True, True]
+        assert await at_once(between)
 
     asyncio.run(placed())
