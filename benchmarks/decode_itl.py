@@ -5,8 +5,10 @@ this program sends both legs. The running requests are streams of a short prompt
 turns: a while with nothing else, a while in which an 8,192-token prompt that stops after its first token arrives every
 250 ms, from another process, so that nobody who counts tokens has to send prompts. ITL is the time between two tokens
 of a stream as a client sees it; a step is that between two results of decode's scheduler, told by a probe in it
-(benchmarks/step_probe.py). Below the table: where the longest steps were spent. With one GPU for both workers prefill's
-own arithmetic slows decode down: then this says nothing of hand-offs, but that all of it works.
+(benchmarks/step_probe.py). A stream that speaks in parts of characters, as made-up weights may have it, is left out:
+who passes on which part when says nothing of hand-offs. Below the table: where the longest steps were spent. With one
+GPU for both workers prefill's own arithmetic slows decode down: then this says nothing of hand-offs, but that all of it
+works.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ LONGEST_TOKENS = 3000
 SYSTEMS = ("mainstem", NIXL)
 PROBE = "steps"
 QUIET, DISTURBED = "quiet", "handed over to"
+WORDLESS_SHARE = 0.01
+"""A stream of more tokens without text is left out."""
 LONGEST_SHARE = 0.02
 """Of a phase's steps, of which it is told where they were spent."""
 Span = tuple[float, float]
@@ -54,6 +58,7 @@ Span = tuple[float, float]
 COLUMNS = {
     "system": "system",
     "phase": "phase",
+    "streams": "streams",
     "tokens": "tokens",
     "ITL p50 ms": "itl_p50_ms",
     "p99": "itl_p99_ms",
@@ -132,6 +137,8 @@ class Phase:
     gaps_s: list[float] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     arrivals: list[Stream] = field(default_factory=list)
+    streams: int = 0
+    """Whose gaps these are."""
 
 
 async def measure(
@@ -162,9 +169,10 @@ async def measure(
                     )
                     found[phase].arrivals += _checked(sent)
                 report.progress(f"  {name}, round {number + 1} of {options.rounds}, {phase}: done")
-            done = _checked(await asyncio.gather(*streams))
+            done = [one for one in _checked(await asyncio.gather(*streams)) if in_words(one)]
             files = told_by(folder, PROBE)
             for phase, span in spans.items():
+                found[phase].streams += len(done)
                 found[phase].gaps_s += within(done, *span)
                 found[phase].steps += steps(files, *span, least_requests=RUNNING)
     return found
@@ -209,6 +217,10 @@ async def _arriving(target: str | Pair, prompts: list[list[int]], rate: float) -
         return (began_s, time.perf_counter()), streams
 
 
+def in_words(stream: Stream) -> bool:
+    return stream.wordless <= WORDLESS_SHARE * len(stream.tokens_s)
+
+
 def within(streams: list[Stream], from_s: float, until_s: float) -> list[float]:
     """The gaps between two tokens that both came in this span."""
     return [
@@ -228,6 +240,7 @@ def phases(found: dict[str, Phase]) -> dict[str, dict[str, Any]]:
         p50_s, p99_s = (percentile(seen.gaps_s, share) for share in (0.5, 0.99))
         step_p99_ms = _gap_ms(seen.steps, 0.99)
         rows[phase] = {
+            "streams": seen.streams,
             "tokens": len(seen.gaps_s),
             "itl_p50_ms": round(1e3 * p50_s, 2),
             "itl_p99_ms": round(1e3 * p99_s, 2),

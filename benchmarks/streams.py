@@ -25,6 +25,8 @@ class Stream:
     tokens_s: list[float] = field(default_factory=list)
     """When each token came."""
     error: str = ""
+    wordless: int = 0
+    """How many tokens came without text, as the first part of a character does."""
 
     @property
     def ttft_s(self) -> float | None:
@@ -67,8 +69,9 @@ class Client:
                         if line.startswith(b"data: {"):
                             event = json.loads(line[6:])
                             stream.error = stream.error or str(event.get("error") or "")
-                            if event.get("choices"):
+                            if choices := event.get("choices"):
                                 stream.tokens_s.append(time.perf_counter())
+                                stream.wordless += not choices[0].get("text")
         except (TimeoutError, OSError, aiohttp.ClientError) as error:
             stream.error = f"{type(error).__name__}: {error}"
         if not stream.tokens_s and not stream.error:

@@ -4,8 +4,9 @@
 
 A worker of ours marks the events of its text (`engine.token_marks`). An event passes when the tokens of all text up to
 it are known, so that the stream can be taken up elsewhere from exactly there; one that is marked as having more to
-come waits for the next. The marks themselves do not pass. An event without a mark passes at once, but for those before
-the first token: they wait for it, so that until then nothing is said that could not be taken back.
+come waits for the next, unless it says nothing, as the first part of a character does. The marks themselves do not
+pass. An event without a mark passes at once, but for those before the first token: they wait for it, so that until then
+nothing is said that could not be taken back.
 
 An error within the stream does not pass: it is in `seen`.
 
@@ -110,12 +111,18 @@ class TokenStream:
             # What the client is told of it, if it is told, depends on what can be done about it.
             return b""
         whole = self._rewritten(event) + END
-        if mark == _MORE or (mark is None and not self.begun and not self._tells(event)):
+        if self._waits(mark, event):
             self._held.append(whole)
             return b""
         if mark is None and _TEXT.search(event):
             self.exact = False
         return self._release(whole)
+
+    def _waits(self, mark: bytes | None, event: bytes) -> bool:
+        """Whether this event goes with the next one."""
+        if mark == _MORE:
+            return not self.begun or bool(self._held) or self._tells(event)
+        return mark is None and not self.begun and not self._tells(event)
 
     def _tells(self, event: bytes) -> bool:
         """Whether this event is more than the opening of a stream."""

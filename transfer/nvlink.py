@@ -49,15 +49,16 @@ log = logging.getLogger(__name__)
 
 MOST_PAGES = (64, 1024, 4000)
 """Of one launch; a kernel for each in copy_pages.cu. The last is what fits into a launch's arguments."""
-THREADS = 1024
+THREADS = 512
+"""Of a block: a quarter of what a multiprocessor runs at a time."""
 WARPS = THREADS // 32
 PIECE_BYTES = 2048
 """What a warp copies at a time (copy_pages.cu)."""
 VECTOR_BYTES = 16
 COUNTERS_BYTES = 256
 """For two counters, each on a line of its own."""
-BLOCKS = 64
-"""Multiprocessors that a write takes."""
+BLOCKS = 128
+"""Multiprocessors that a write runs on, beside what else they do. As many threads on half of them take longer."""
 WATCH_S = 1e-3
 """Between two looks at whether all that was begun is done."""
 SPIN_S = 0.2e-3
@@ -95,7 +96,7 @@ Layers = tuple[tuple[int, ...], ...]
 
 
 class NvlinkTransport:
-    """blocks  multiprocessors that a write takes at most
+    """blocks  multiprocessors that a write runs on at most
     layers  given where pages shall leave while they are still computed
 
     The pool lies on one GPU. Raises Unreachable where it lies elsewhere, or its memory cannot be shared.

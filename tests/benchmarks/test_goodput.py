@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.decode_itl import Phase, phases, within
+from benchmarks.decode_itl import Phase, in_words, phases, within
 from benchmarks.goodput import GROUPS, PREFIX_TOKENS, QUESTION_TOKENS, Load, met, row
 from benchmarks.streams import Stream, percentile
 
@@ -63,3 +63,9 @@ def test_percentiles_are_of_the_nearest_rank() -> None:
     assert [percentile([3, 1, 2], share) for share in (0.0, 0.5, 0.99, 1.0)] == [1, 2, 3, 3]
     with pytest.raises(ValueError, match="nothing"):
         percentile([], 0.5)
+
+
+def test_a_stream_that_speaks_in_parts_of_characters_says_nothing_of_gaps() -> None:
+    tokens_s = [10.0 + number for number in range(200)]
+    spoken, halves = Stream(9.0, tokens_s, wordless=2), Stream(9.0, tokens_s, wordless=100)
+    assert [in_words(one) for one in (spoken, halves)] == [True, False]

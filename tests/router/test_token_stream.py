@@ -97,6 +97,27 @@ def test_nothing_passes_before_the_first_token() -> None:
     assert stream.feed(mark(1) + chunk("one")) == opening() + chunk("one")
 
 
+def test_what_says_nothing_waits_for_nothing() -> None:
+    """The first part of a character: whoever counts events would see two of them at once, and then none."""
+    stream = TokenStream()
+    first, nothing, last = mark(1) + chunk("one"), MORE + chunk(""), mark(2, 3) + chunk("é")
+
+    assert stream.feed(MORE + chunk("")) == b""
+    assert stream.feed(first) == chunk("") + chunk("one")
+    assert stream.feed(nothing) == chunk("")
+    assert stream.ids == [1]
+    assert stream.feed(last) == chunk("é")
+    assert stream.ids == [1, 2, 3]
+
+
+def test_what_says_nothing_stays_behind_what_waits() -> None:
+    stream = TokenStream()
+    stream.feed(mark(1) + chunk("one"))
+
+    assert stream.feed(MORE + chunk("t") + MORE + chunk("")) == b""
+    assert stream.feed(mark(2) + chunk("wo")) == chunk("t") + chunk("") + chunk("wo")
+
+
 def test_the_stream_of_an_engine_that_does_not_mark_passes_at_once_and_is_not_exact() -> None:
     stream = TokenStream()
     stream.feed(opening())
