@@ -170,6 +170,8 @@ async def measure(
                     found[phase].arrivals += _checked(sent)
                 report.progress(f"  {name}, round {number + 1} of {options.rounds}, {phase}: done")
             done = [one for one in _checked(await asyncio.gather(*streams)) if in_words(one)]
+            if not done:
+                raise SystemExit("decode_itl: wanted streams that speak in words, found none")
             files = told_by(folder, PROBE)
             for phase, span in spans.items():
                 found[phase].streams += len(done)

@@ -39,16 +39,17 @@ class BetweenSteps:
                 if goes_on:
                     return
 
-    async def place(self) -> None:
-        """Returns when there is time for a piece of work that holds the loop up."""
+    async def place(self) -> bool:
+        """Returns when there is time for a piece of work that holds the loop up; whether that was later."""
         if self._clock_s() - self._stepped_s >= RUNNING_S:
-            return
+            return False
         place = asyncio.get_running_loop().create_future()
         self._waiting.append(place)
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await place
         except TimeoutError:
-            return
+            return True
         for _ in range(TURNS):
             await asyncio.sleep(0)
+        return True

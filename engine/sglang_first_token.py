@@ -41,8 +41,7 @@ class FirstTokenHooks:
         if not (prefills and scheduler.enable_overlap and scheduler.result_queue):
             return
         before, result = scheduler.result_queue[-1]
-        # Where sampling is put off, the event is recorded later.
-        if result.copy_done is not None and result.delay_sample_func is None and result.copy_done.query():
+        if result.copy_done is not None and result.copy_done.query():
             self.computed(scheduler, before, result)
             self._said = result
 

@@ -4,7 +4,7 @@ Python's parser takes some tenths of a millisecond for a prompt of thousands of 
 or would take otherwise, goes to it.
 
 A decode worker takes in a long prompt, of which the JSON is the least part, behind a step's tokens (`BetweenSteps`):
-nobody waits for that, as prefill has yet to compute it.
+prefill has yet to compute it, unless most of it is cached there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from starlette.requests import ClientDisconnect
 
 from engine.between_steps import BetweenSteps
 from engine.spec import SPEC_VARIABLE
@@ -40,7 +41,8 @@ class JsonHook:
         """A step's tokens, which its requests pass on from here. On a decode worker, as others' prompts are urgent."""
         await original(manager, received)
         if manager.server_args.disaggregation_mode == "decode":
-            self._between.stepped(goes_on=None in received.finished_reasons)
+            # Not of those in this message, which may be one that has failed.
+            self._between.stepped(goes_on=any(state.output_ids for state in manager.rid_to_state.values()))
 
     async def read(self, original: Any, request: Any) -> Any:
         """What FastAPI takes for the body; starlette keeps it under this name."""
@@ -48,8 +50,9 @@ class JsonHook:
             return await original(request)
         if not hasattr(request, "_json"):
             raw = await request.body()
-            if len(raw) > LONG_BYTES:
-                await self._between.place()
+            if len(raw) > LONG_BYTES and await self._between.place() and await request.is_disconnected():
+                # SGLang knows nothing of it yet, so an abort that came meanwhile found nothing to abort.
+                raise ClientDisconnect
             try:
                 request._json = msgspec.json.decode(raw)
             except (msgspec.DecodeError, UnicodeDecodeError):

@@ -30,6 +30,7 @@ from router.fleet import Worker
 from router.lifecycle import LIVE, Event, Phase, step
 from router.openai import ClientRequest, Handoff, engine_rids, leg_body
 from router.planner import Plan
+from router.silence import Silence
 from router.token_stream import TokenStream
 from router.truth import untrue
 from router.upstream import Upstream
@@ -289,20 +290,7 @@ class Attempt:
     async def _relay(self, stream: TokenStream, body: bytes) -> None:
         response = await self._open(self.plan.decode, body)
         try:
-            while piece := await self._next(stream, response):
-                async with self._writing:
-                    passing = stream.feed(piece)
-                    if stream.seen.failure is not None:
-                        break
-                    if stream.begun:
-                        self._token()
-                    if passing:
-                        passed = stream.ids[len(self.delivered_ids) :]
-                        # A client that reads slowly makes this wait; where it is given up meanwhile, nothing was sent.
-                        await self._delivery.write(passing, response.headers)
-                        self.delivered_ids += passed
-                if stream.done:
-                    break
+            await self._pass_on(stream, response)
             passing = stream.end()
             self._check(stream.seen)
             self._token()
@@ -313,26 +301,48 @@ class Attempt:
         finally:
             response.close()
 
+    async def _pass_on(self, stream: TokenStream, response: aiohttp.ClientResponse) -> None:
+        """All that comes of decode's answer, until it is over. Raises LegFailed."""
+        try:
+            async with Silence(self._stall_s) as silence:
+                while piece := await self._next(stream, response, silence):
+                    async with self._writing:
+                        passing = stream.feed(piece)
+                        if stream.seen.failure is not None:
+                            return
+                        if stream.begun:
+                            self._token()
+                        if passing:
+                            passed = stream.ids[len(self.delivered_ids) :]
+                            # A client that reads slowly makes this wait; where it is given up meanwhile, nothing was
+                            # sent.
+                            await self._delivery.write(passing, response.headers)
+                            self.delivered_ids += passed
+                    if stream.done:
+                        return
+        except TimeoutError:
+            if not stream.said_all:
+                worker = self.plan.decode.name
+                raise LegFailed(worker, Fault.TIMEOUT, f"{worker} sent nothing for {self._stall_s:g} s", 504) from None
+
     async def _to_its_end(self, worker: Worker, response: aiohttp.ClientResponse) -> None:
         """Behind an answer's last word: so that the connection can be used again."""
         with contextlib.suppress(TimeoutError, LegFailed):
             async with asyncio.timeout(LAST_S):
                 await self._upstream.read_all(worker.name, response)
 
-    async def _next(self, stream: TokenStream, response: aiohttp.ClientResponse) -> bytes:
+    async def _next(self, stream: TokenStream, response: aiohttp.ClientResponse, silence: Silence) -> bytes:
         """The next bytes of a stream; b"" at its end, or where only the words that say so are missing."""
-        worker = self.plan.decode.name
+        if self.phase is Phase.STREAMING:
+            silence.waits()
         try:
-            async with asyncio.timeout(self._stall_s if self.phase is Phase.STREAMING else None):
-                return await self._upstream.read(worker, response)
+            return await self._upstream.read(self.plan.decode.name, response)
         except LegFailed:
-            if stream.seen.finish_reason is not None and stream.seen.failure is None:
+            if stream.said_all:
                 return b""
             raise
-        except TimeoutError:
-            if stream.seen.finish_reason is not None and stream.seen.failure is None:
-                return b""
-            raise LegFailed(worker, Fault.TIMEOUT, f"{worker} sent nothing for {self._stall_s:g} s", 504) from None
+        finally:
+            silence.heard()
 
     def _token(self) -> None:
         if self.phase is not Phase.STREAMING:

@@ -21,7 +21,6 @@ _DECIDING = (
     "structural_tag",
     "custom_logit_processor",
     "session_params",
-    "logprobs",
     "top_logprobs",
     "return_hidden_states",
     "return_routed_experts",
@@ -45,6 +44,10 @@ def forbids(request: ClientRequest) -> str:
     for name in _DECIDING:
         if body.get(name):
             return name
+    logprobs = body.get("logprobs")
+    if logprobs is not None and logprobs is not False:
+        # 0 are that of each token itself.
+        return "logprobs"
     for name, nothing in _PENALTIES.items():
         if body.get(name) not in (None, nothing):
             return name

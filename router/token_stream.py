@@ -69,6 +69,11 @@ class TokenStream:
         self._rest = b""
         self._held: list[bytes] = []
 
+    @property
+    def said_all(self) -> bool:
+        """Whether the worker said why it ended, and that was well."""
+        return self.seen.finish_reason is not None and self.seen.failure is None
+
     def told(self, token: int, text: str) -> None:
         """The client has an opening, and the first token, before anything has passed."""
         self._told = token, text

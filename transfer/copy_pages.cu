@@ -1,6 +1,6 @@
 // Pages of one pool to pages of another, all buffers in one launch, and a record in host memory once all are in place.
 //
-// A warp copies one piece at a time: PIECE_BYTES of one page of one buffer, sixteen bytes a lane, all loads in flight
+// A warp copies one piece at a time: PIECE_BYTES (defined by who compiles this) of one page of one buffer, sixteen bytes a lane, all loads in flight
 // before the first store. Which pages is passed by value, so nothing is uploaded before a launch; a short list makes a
 // short launch, hence several kernels. What a record looks like: transfer/landed_ring.py. A launch without a place for a
 // record copies and says nothing; one without pages only says that those which others copied, before it, are there.
@@ -25,8 +25,7 @@ struct Record {
     u64 second;
 };
 
-static const unsigned LANES = 32, IN_FLIGHT = 4;
-static const unsigned PIECE_BYTES = LANES * IN_FLIGHT * sizeof(uint4);
+static const unsigned LANES = 32, IN_FLIGHT = PIECE_BYTES / (LANES * sizeof(uint4));
 
 template <unsigned MOST>
 __device__ __forceinline__ void copy(

@@ -53,7 +53,8 @@ THREADS = 512
 """Of a block: a quarter of what a multiprocessor runs at a time."""
 WARPS = THREADS // 32
 PIECE_BYTES = 2048
-"""What a warp copies at a time (copy_pages.cu)."""
+"""What a warp copies at a time."""
+COMPILED_WITH = (f"--define-macro=PIECE_BYTES={PIECE_BYTES}",)
 VECTOR_BYTES = 16
 COUNTERS_BYTES = 256
 """For two counters, each on a line of its own."""
@@ -114,7 +115,7 @@ class NvlinkTransport:
         try:
             self._device = Device.of(self._pointers[0])
             source = (files("transfer") / "copy_pages.cu").read_text()
-            self._kernels = [self._device.kernel(source, f"copy_pages_{most}") for most in MOST_PAGES]
+            self._kernels = [self._device.kernel(source, f"copy_pages_{most}", COMPILED_WITH) for most in MOST_PAGES]
             allocations = [self._device.allocation_of(pointer) for pointer in self._pointers]
         except CudaFailed as error:
             raise Unreachable(f"nvlink: {error}") from error
@@ -319,8 +320,10 @@ class NvlinkRoute:
     async def _room(self) -> None:
         """Until there is a place for a record, or no leave to write any more."""
         since_s = time.monotonic()
-        while self._job.ring.full and self._leave.given:
+        while self._job.ring.full:
             self._check()
+            if not self._leave.given:
+                return
             await _pause(since_s)
 
     def _tell(self, lane: _Lane, tag: int, source: Pages, destination: Pages, pages: int) -> None:

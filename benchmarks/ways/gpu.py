@@ -38,7 +38,7 @@ from transfer.layout import PoolLayout
 from transfer.nvlink import BLOCKS, NvlinkTransport
 from transfer.plan import Pages
 
-NVLINK_WAYS = ("nvlink", "nvlink+16", "nvlink+32", "nvlink+132")
+NVLINK_WAYS = ("nvlink", "nvlink+16", "nvlink+32", "nvlink+64")
 WAYS = (
     "copy-engine",
     "copy-batch",

@@ -18,7 +18,8 @@ def tell(ring: RingWriter) -> None:
 
 
 def begin_to_tell(ring: RingWriter) -> tuple[int, int]:
-    """All of a record but its last 32 bits: where they belong, from the ring's beginning, and what they are."""
+    """All of a record of no pages but its last 32 bits: where those belong, from the ring's beginning, and what they
+    are."""
     sequence, offset = ring.next()
     first, second = record(sequence, 0, 0)
     ctypes.c_uint64.from_address(ring.pointer + offset).value = first

@@ -150,9 +150,8 @@ class Copied:
         self.waited = True
 
 
-def result_of(*requests: Request, copied: Copied | None = None, delayed: Any = None) -> SimpleNamespace:
-    tokens = torch.tensor([7] * len(requests))
-    return SimpleNamespace(copy_done=copied or Copied(), next_token_ids=tokens, delay_sample_func=delayed)
+def result_of(*requests: Request, copied: Copied | None = None) -> SimpleNamespace:
+    return SimpleNamespace(copy_done=copied or Copied(), next_token_ids=torch.tensor([7] * len(requests)))
 
 
 def computed(worker: Worker, *requests: Request) -> Copied:
@@ -162,7 +161,9 @@ def computed(worker: Worker, *requests: Request) -> Copied:
     return copied
 
 
-def next_pass(worker: Worker, before: SimpleNamespace, *requests: Request, **changes: Any) -> None:
+def next_pass(
+    worker: Worker, before: SimpleNamespace, *requests: Request, extends: bool = True, **changes: Any
+) -> None:
     """SGLang is about to launch one, with its overlap, and has not looked at the one before."""
     fields = {
         "enable_overlap": True,
@@ -170,7 +171,7 @@ def next_pass(worker: Worker, before: SimpleNamespace, *requests: Request, **cha
         "result_queue": [(SimpleNamespace(reqs=list(requests)), before)],
     }
     vars(worker.scheduler).update(fields | changes)
-    mode = SimpleNamespace(is_extend=lambda: True)
+    mode = SimpleNamespace(is_extend=lambda: extends)
     worker.hooks.before_pass(worker.scheduler, SimpleNamespace(forward_mode=mode))
 
 
@@ -221,6 +222,7 @@ def test_what_the_gpu_has_when_the_next_pass_is_launched_is_said_before_that_and
         {"enable_overlap": False},
         {"disagg_prefill_bootstrap_queue": None},
         {"result_queue": []},
+        {"extends": False},
     ],
 )
 def test_where_no_pass_of_prefills_is_over_nothing_is_said_early(other: dict[str, Any]) -> None:
@@ -230,13 +232,12 @@ def test_where_no_pass_of_prefills_is_over_nothing_is_said_early(other: dict[str
 
 
 def test_a_pass_that_is_under_way_is_not_waited_for() -> None:
-    for late in ({"copied": Copied(there=False)}, {"delayed": "a function"}):
-        worker, one = Worker(), computing()
-        result = result_of(one, **late)
-        next_pass(worker, result, one)
-        assert worker.said == []
-        worker.hooks.computed(worker.scheduler, SimpleNamespace(reqs=[one]), result)
-        assert worker.said == [one]
+    worker, one = Worker(), computing()
+    result = result_of(one, copied=Copied(there=False))
+    next_pass(worker, result, one)
+    assert worker.said == []
+    worker.hooks.computed(worker.scheduler, SimpleNamespace(reqs=[one]), result)
+    assert worker.said == [one]
 
 
 def test_nobody_waits_for_a_pass_of_which_nothing_is_said() -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("sglang")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sglang.srt.plugins.hook_registry import HookRegistry
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from engine.between_steps import BetweenSteps
 from engine.sglang_json import LONG_BYTES, JsonHook, register
@@ -36,6 +36,8 @@ def request_of(raw: bytes) -> Request:
     sent = [{"type": "http.request", "body": raw, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
+        if not sent:
+            await asyncio.Event().wait()
         return sent.pop()
 
     return Request({"type": "http", "method": "POST", "headers": []}, receive)
@@ -122,6 +124,10 @@ class Manager:
 
     def __init__(self, mode: str) -> None:
         self.server_args = SimpleNamespace(disaggregation_mode=mode)
+        self.rid_to_state = {
+            "waits for its pages": SimpleNamespace(output_ids=[]),
+            "runs": SimpleNamespace(output_ids=[7]),
+        }
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,7 @@ def test_a_decode_worker_takes_a_long_body_in_behind_the_next_steps_tokens(mode:
         async def original(_manager: Any, _received: Any) -> None:
             said.append("tokens")
 
-        await hook.output(original, manager, SimpleNamespace(finished_reasons=[None, {"type": "stop"}]))
+        await hook.output(original, manager, "a step")
 
     async def taken_in() -> None:
         assert await hook.read(Request.json, request_of(json.dumps("x" * length).encode())) == "x" * length
@@ -149,3 +155,49 @@ def test_a_decode_worker_takes_a_long_body_in_behind_the_next_steps_tokens(mode:
 
     asyncio.run(both())
     assert said == (["tokens", "tokens", "body"] if waits else ["tokens", "body", "tokens"])
+
+
+def test_one_whose_client_is_gone_meanwhile_is_not_taken_in() -> None:
+    """Its abort came before SGLang knew of it."""
+    hook, manager = JsonHook(BetweenSteps()), Manager("decode")
+    sent: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b"1" * (LONG_BYTES + 1), "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return sent.pop(0)
+
+    async def step() -> None:
+        async def original(*_arguments: Any) -> None:
+            pass
+
+        await hook.output(original, manager, "a step")
+
+    async def left() -> None:
+        await step()
+        request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+        taking = asyncio.create_task(hook.read(Request.json, request))
+        await asyncio.sleep(0.01)
+        await step()
+        with pytest.raises(ClientDisconnect):
+            await taking
+
+    asyncio.run(left())
+
+
+def test_when_the_last_stream_is_over_nothing_waits() -> None:
+    hook, manager = JsonHook(BetweenSteps()), Manager("decode")
+
+    async def original(*_arguments: Any) -> None:
+        manager.rid_to_state.pop("runs", None)
+
+    async def over() -> None:
+        await hook.output(original, manager, "the last step")
+        taking = asyncio.create_task(hook.read(Request.json, request_of(b"1" * (LONG_BYTES + 1))))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert taking.done()
+        taking.exception()
+
+    asyncio.run(over())

@@ -46,13 +46,13 @@ class Manager:
 class Run:
     """A scheduler that runs one batch with the hooks around it."""
 
-    def __init__(self, layers: int = 3, *, counts: bool = True, by_layers: bool = True) -> None:
+    def __init__(self, layers: int = 3, *, counts: bool = True, by_layers: bool = True, reader: Any = None) -> None:
         from engine.forward_passes import Events, ForwardPasses
         from engine.sglang_layers import LayerHooks
         from engine.sglang_slots import SlotReader
 
         self.recorded: list[str] = []
-        self.hooks = LayerHooks(SlotReader())
+        self.hooks = LayerHooks(reader or SlotReader())
         self.layers = layers
         passes = ForwardPasses(
             layers,
@@ -148,6 +148,33 @@ def test_a_pass_that_begins_before_the_last_one_was_sent_waits_for_that() -> Non
     assert second.went == [([50, 51, 52, 53], 4)]
     run.hooks.others_sent([], run.scheduler)
     assert len(second.went) == 1
+
+
+def test_the_gpu_is_asked_for_the_slots_once_it_computes_and_says_what_they_were_before() -> None:
+    from engine.sglang_slots import SlotReader, SlotsRead
+
+    asked: list[str] = []
+
+    class Noted(SlotReader):
+        """Whose table is on a GPU, that is: what is written to it later is not seen by who has `written`."""
+
+        def written(self, table: Any) -> Any:
+            asked.append("written")
+            return table.clone()
+
+        def read(self, slots: Any, page_tokens: int, written: Any) -> SlotsRead:
+            asked.append("read")
+            return super().read(written[0, : len(slots)], page_tokens, None)
+
+    run, sender = Run(reader=Noted()), Sender()
+    run.hooks.attention = lambda *_arguments, **_named: asked.append("computes")  # type: ignore[method-assign]
+    table = run.scheduler.req_to_token_pool.req_to_token
+    request = run.request(0, 0, 64, 64, sender)
+    run.batch(request, sent=False)
+    table[0] = 0
+    run.hooks.others_sent([], run.scheduler)
+    assert asked == ["written", *["computes"] * 3, "read"]
+    assert sender.went == [([10, 11, 12, 13], 4)]
 
 
 @pytest.mark.parametrize("how", ["no route for it", "no GPU", "decode"])

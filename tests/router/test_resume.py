@@ -32,6 +32,8 @@ def request(endpoint: Endpoint = Endpoint.COMPLETIONS, *, may_resume: bool = Tru
         ({"prompt": ["a"]}, "a batch"),
         ({"prompt": [[1, 2], [3]]}, "a batch"),
         ({"logprobs": 2}, "logprobs"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"logprobs": False}, ""),
         ({"regex": "a+"}, "regex"),
         ({"presence_penalty": 0.1}, "presence_penalty"),
         ({"repetition_penalty": 1.2}, "repetition_penalty"),

@@ -8,7 +8,7 @@ import pytest
 
 from transfer.cuda import CudaFailed, Device, compiled
 from transfer.layout import PoolLayout
-from transfer.nvlink import MOST_PAGES, NvlinkTransport
+from transfer.nvlink import COMPILED_WITH, MOST_PAGES, NvlinkTransport
 from transfer.pool import Pool
 from transfer.transport import Unreachable
 
@@ -32,7 +32,7 @@ def test_a_host_without_a_driver_is_told_so_in_one_line() -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_the_kernels_compile(architecture: str) -> None:
     source = (files("transfer") / "copy_pages.cu").read_text()
-    binary = compiled(source, (f"--gpu-architecture={architecture}",))
+    binary = compiled(source, (*COMPILED_WITH, f"--gpu-architecture={architecture}"))
     for most in MOST_PAGES:
         assert f"copy_pages_{most}".encode() in binary
 
