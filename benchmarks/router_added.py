@@ -44,6 +44,7 @@ from router.openai import Endpoint, read
 from router.planner import render
 from router.render import Renderer
 from transfer.auth import ClusterKey
+from transfer.wire import Role
 
 MODEL = "simulated"
 LENGTHS = (64, 1024, 8192, 32768)
@@ -64,7 +65,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mainstem-router-") as temporary:
         key_file = Path(temporary) / "key"
         ClusterKey.generate().write(key_file)
-        with router(folder, key_file) as url, workers(key_file, url) as ports:
+        with router(folder, key_file) as (url, _), workers(key_file, url) as ports:
             results = [
                 row(kind, length, url, ports, options.repeats, folder) for kind in ("ids", "chat") for length in LENGTHS
             ]
@@ -196,14 +197,14 @@ def _meeting(prefill: int) -> dict[str, Any]:
 
 
 @contextmanager
-def router(folder: Path, key_file: Path) -> Iterator[str]:
-    """As the launcher runs it."""
+def router(folder: Path, key_file: Path) -> Iterator[tuple[str, int]]:
+    """As the launcher runs it: its URL and its process."""
     with socket.socket() as placeholder:
         placeholder.bind(("127.0.0.1", 0))
         port = placeholder.getsockname()[1]
     section = RouterSection(host="127.0.0.1", port=port)
     spec = RouterSpec(section=section, model=MODEL, model_path=folder, key_file=key_file, cluster="added")
-    with _process(server.run, spec):
+    with _process(server.run, spec) as process:
         url, deadline_s = f"http://127.0.0.1:{port}", time.monotonic() + WITHIN_S
         while True:
             with suppress(OSError):
@@ -212,39 +213,41 @@ def router(folder: Path, key_file: Path) -> Iterator[str]:
             if time.monotonic() > deadline_s:
                 raise SystemExit("router_added: the router did not start")
             time.sleep(0.1)
-        yield url
+        yield url, process
 
 
 @contextmanager
-def workers(key_file: Path, url: str) -> Iterator[tuple[int, int]]:
+def workers(key_file: Path, url: str, decode: type[FakeWorker] = FakeWorker) -> Iterator[tuple[int, int]]:
     """Their HTTP ports, prefill's and decode's."""
     mine, its = multiprocessing.Pipe()
-    with _process(_run_workers, its, key_file, url):
+    with _process(_run_workers, its, key_file, url, decode):
         if not mine.poll(WITHIN_S):
             raise SystemExit("router_added: the workers did not start")
         yield mine.recv()
 
 
 @contextmanager
-def _process(work: Callable[..., None], *arguments: Any) -> Iterator[None]:
+def _process(work: Callable[..., None], *arguments: Any) -> Iterator[int]:
     process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
     process.start()
+    assert process.pid is not None, "it was started"
     try:
-        yield
+        yield process.pid
     finally:
         process.terminate()
         process.join(10)
         process.kill()
 
 
-def _run_workers(connection: Connection, key_file: Path, url: str) -> None:
-    asyncio.run(_serve_workers(connection, key_file, url))
+def _run_workers(connection: Connection, key_file: Path, url: str, decode: type[FakeWorker]) -> None:
+    asyncio.run(_serve_workers(connection, key_file, url, decode))
 
 
-async def _serve_workers(connection: Connection, key_file: Path, url: str) -> None:
+async def _serve_workers(connection: Connection, key_file: Path, url: str, decode: type[FakeWorker]) -> None:
     handoffs = Handoffs()
+    kinds: dict[Role, type[FakeWorker]] = {"prefill": FakeWorker, "decode": decode}
     workers = [
-        FakeWorker(
+        kind(
             role,
             role,
             ClusterKey.read(key_file),
@@ -255,7 +258,7 @@ async def _serve_workers(connection: Connection, key_file: Path, url: str) -> No
             capacity_tokens=1 << 24,
             lease_s=30.0,
         )
-        for role in ("prefill", "decode")
+        for role, kind in kinds.items()
     ]
     for worker in workers:
         await worker.start()
