@@ -1,9 +1,10 @@
 // Pages of one pool to pages of another, all buffers in one launch, and a record in host memory once all are in place.
 //
-// A warp copies one piece at a time: PIECE_BYTES (defined by who compiles this) of one page of one buffer, sixteen bytes a lane, all loads in flight
-// before the first store. Which pages is passed by value, so nothing is uploaded before a launch; a short list makes a
-// short launch, hence several kernels. What a record looks like: transfer/landed_ring.py. A launch without a place for a
-// record copies and says nothing; one without pages only says that those which others copied, before it, are there.
+// A warp copies one piece at a time: PIECE_BYTES, which whoever compiles this defines, of one page of one buffer,
+// sixteen bytes a lane, all loads in flight before the first store. Which pages is passed by value, so nothing is
+// uploaded before a launch; a short list makes a short launch, hence several kernels. What a record looks like:
+// transfer/landed_ring.py. A launch without a place for a record copies and says nothing; one without pages only says
+// that those which others copied, before it, are there.
 
 typedef unsigned long long u64;
 
@@ -54,8 +55,8 @@ __device__ __forceinline__ void copy(
         for (unsigned step = 0; step < IN_FLIGHT; step++)
             if (step * LANES + lane < vectors) __stcs(to + step * LANES + lane, held[step]);
     }
-    // Every store of this block before its count; every block's before the record, for the host and for the peer. A fence
-    // is also one for what its thread has seen of others: one thread's will do.
+    // Every store of this block before its count; every block's before the record, for the host and for the peer. A
+    // fence is also one for what its thread has seen of others: one thread's will do.
     __syncthreads();
     if (threadIdx.x != 0) return;
     __threadfence_system();
