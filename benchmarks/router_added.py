@@ -60,16 +60,11 @@ def main() -> int:
     report.model_argument(parser)
     parser.add_argument("--repeats", type=int, default=25, help="of every cell (default 25)")
     options = parser.parse_args()
-    model = read_cluster(LOCAL_CPU).model
-    folder = choose_model(model.path, model.served_name, options.model).path
-    with tempfile.TemporaryDirectory(prefix="mainstem-router-") as temporary:
-        key_file = Path(temporary) / "key"
-        ClusterKey.generate().write(key_file)
-        with router(folder, key_file) as (url, _), workers(key_file, url) as ports:
-            results = [
-                row(kind, length, url, ports, options.repeats, folder) for kind in ("ids", "chat") for length in LENGTHS
-            ]
-            results += [row_at_once(length, url, ports, options.repeats) for length in LENGTHS[:3]]
+    with running(options.model) as (folder, url, _, ports):
+        results = [
+            row(kind, length, url, ports, options.repeats, folder) for kind in ("ids", "chat") for length in LENGTHS
+        ]
+        results += [row_at_once(length, url, ports, options.repeats) for length in LENGTHS[:3]]
     columns = {
         "prompt": "kind",
         "tokens": "tokens",
@@ -197,6 +192,20 @@ def _meeting(prefill: int) -> dict[str, Any]:
 
 
 @contextmanager
+def running(
+    model: str | None, decode: type[FakeWorker] = FakeWorker
+) -> Iterator[tuple[Path, str, int, tuple[int, int]]]:
+    """The model's folder; the router's URL and process; the ports of a prefill and a decode worker."""
+    wanted = read_cluster(LOCAL_CPU).model
+    folder = choose_model(wanted.path, wanted.served_name, model).path
+    with tempfile.TemporaryDirectory(prefix="mainstem-router-") as temporary:
+        key_file = Path(temporary) / "key"
+        ClusterKey.generate().write(key_file)
+        with router(folder, key_file) as (url, process), workers(key_file, url, decode) as ports:
+            yield folder, url, process, ports
+
+
+@contextmanager
 def router(folder: Path, key_file: Path) -> Iterator[tuple[str, int]]:
     """As the launcher runs it: its URL and its process."""
     with socket.socket() as placeholder:
@@ -217,7 +226,7 @@ def router(folder: Path, key_file: Path) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def workers(key_file: Path, url: str, decode: type[FakeWorker] = FakeWorker) -> Iterator[tuple[int, int]]:
+def workers(key_file: Path, url: str, decode: type[FakeWorker]) -> Iterator[tuple[int, int]]:
     """Their HTTP ports, prefill's and decode's."""
     mine, its = multiprocessing.Pipe()
     with _process(_run_workers, its, key_file, url, decode):

@@ -15,7 +15,6 @@ import os
 import random
 import statistics
 import sys
-import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,11 @@ from typing import Any
 from aiohttp import web
 
 from benchmarks import report
-from benchmarks.bench_cluster import LOCAL_CPU, run_main
+from benchmarks.bench_cluster import run_main
 from benchmarks.legs import Pair
-from benchmarks.router_added import MODEL, router, workers
+from benchmarks.router_added import MODEL, running
 from benchmarks.streams import Client, Stream, percentile, session
-from engine.config import read_cluster
-from engine.model import choose_model
 from router.fake_worker import FakeWorker, Fault
-from transfer.auth import ClusterKey
 
 PROMPT_TOKENS = 64
 STEP_S = 0.02
@@ -52,16 +48,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=300, help="of each (default 300)")
     parser.add_argument("--rounds", type=int, default=3, help="of both ways (default 3)")
     options = parser.parse_args()
-    model = read_cluster(LOCAL_CPU).model
-    folder = choose_model(model.path, model.served_name, options.model).path
-    with tempfile.TemporaryDirectory(prefix="mainstem-router-") as temporary:
-        key_file = Path(temporary) / "key"
-        ClusterKey.generate().write(key_file)
-        with router(folder, key_file) as (url, process), workers(key_file, url, decode=Stepping) as (prefill, decode):
-            host = "127.0.0.1"
-            by_hand = _Named(f"http://{host}:{prefill}", f"http://{host}:{decode}", host, prefill)
-            targets: dict[str, str | Pair] = {"direct": by_hand, "router": url}
-            results = asyncio.run(measure(targets, process, options.streams, options.tokens, options.rounds))
+    with running(options.model, decode=Stepping) as (_, url, process, (prefill, decode)):
+        host = "127.0.0.1"
+        by_hand = _Named(f"http://{host}:{prefill}", f"http://{host}:{decode}", host, prefill)
+        targets: dict[str, str | Pair] = {"direct": by_hand, "router": url}
+        results = asyncio.run(measure(targets, process, options.streams, options.tokens, options.rounds))
     rows = [[one[key] for key in COLUMNS.values()] for one in results]
     report.publish({"step_ms": 1e3 * STEP_S, "results": results}, tuple(COLUMNS), rows, options.json)
     return 0
