@@ -13,7 +13,6 @@ their first tokens, which is how long a worker that has nothing to do waits for 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import multiprocessing
 import random
@@ -24,8 +23,10 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from urllib.parse import urlsplit
 from benchmarks import report
 from benchmarks.bench_cluster import LOCAL_CPU, run_main
 from benchmarks.client import DECODES, Answer, ask, ask_ready, get_json, streaming
+from benchmarks.legs import Pair
 from benchmarks.words import sentence
 from engine.config import read_cluster
 from engine.model import choose_model
@@ -52,7 +54,7 @@ MAX_TOKENS = 2
 AT_ONCE = 8
 WARM = 3
 WITHIN_S = 60.0
-ROOM = itertools.count(1)
+HOST = "127.0.0.1"
 
 
 def main() -> int:
@@ -95,7 +97,7 @@ def row_at_once(length: int, url: str, ports: tuple[int, int], repeats: int) -> 
     def both() -> tuple[float, float]:
         prompts = [[chooser.randrange(1000, 20000) for _ in range(length)] for _ in range(AT_ONCE)]
         bodies = [{"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0, "prompt": prompt} for prompt in prompts]
-        legs = [streaming({**body, **_meeting(ports[0])}) for body in bodies]
+        legs = [streaming({**body, **ByHand.of_ports(ports).meeting()}) for body in bodies]
         direct_s = first_of([(port, leg) for leg in legs for port in ports], watched=ports[1])
         return direct_s, first_of([(router_port, streaming(body)) for body in bodies], watched=router_port)
 
@@ -124,7 +126,7 @@ def first_of(requests: list[tuple[int, str]], watched: int) -> float:
     for port, payload in requests:
         head = f"POST {Endpoint.COMPLETIONS.value} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n{extra}"
         head += f"content-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
-        ready.append((socket.create_connection(("127.0.0.1", port), WITHIN_S), port, (head + payload).encode()))
+        ready.append((socket.create_connection((HOST, port), WITHIN_S), port, (head + payload).encode()))
     with selectors.DefaultSelector() as waiting:
         began_s, first_s = time.perf_counter(), None
         for one, port, message in ready:
@@ -175,20 +177,28 @@ def _first_s(answer: Answer) -> float:
 
 def _direct(ports: tuple[int, int], path: str, body: dict[str, Any]) -> Answer:
     """Both legs by hand, the prefill one in a thread; both ready before the clock begins, as the router's one is."""
-    prefill, decode = ports
-    payload = streaming({**body, **_meeting(prefill)})
+    pair = ByHand.of_ports(ports)
+    payload = streaming({**body, **pair.meeting()})
     began_s = time.perf_counter()
-    other = threading.Thread(target=ask_ready, args=(f"http://127.0.0.1:{prefill}", path, payload, began_s))
+    other = threading.Thread(target=ask_ready, args=(pair.prefill_url, path, payload, began_s))
     other.start()
-    answer = ask_ready(f"http://127.0.0.1:{decode}", path, payload, began_s)
+    answer = ask_ready(pair.decode_url, path, payload, began_s)
     other.join()
     return answer
 
 
-def _meeting(prefill: int) -> dict[str, Any]:
-    """What both legs of one request say besides the request, as the router would."""
-    legs = {"rid": f"{next(ROOM):032x}", "bootstrap_host": "127.0.0.1", "bootstrap_port": prefill}
-    return {**legs, "bootstrap_room": next(ROOM)}
+@dataclass(frozen=True)
+class ByHand(Pair):
+    """Simulated workers, which want a name for each request, as the router gives it one."""
+
+    @classmethod
+    def of_ports(cls, ports: tuple[int, int]) -> ByHand:
+        """Prefill's and decode's."""
+        prefill_url, decode_url = (f"http://{HOST}:{port}" for port in ports)
+        return cls(prefill_url, decode_url, HOST, ports[0])
+
+    def meeting(self) -> dict[str, Any]:
+        return {**super().meeting(), "rid": uuid.uuid4().hex}
 
 
 @contextmanager
@@ -209,18 +219,18 @@ def running(
 def router(folder: Path, key_file: Path) -> Iterator[tuple[str, int]]:
     """As the launcher runs it: its URL and its process."""
     with socket.socket() as placeholder:
-        placeholder.bind(("127.0.0.1", 0))
+        placeholder.bind((HOST, 0))
         port = placeholder.getsockname()[1]
-    section = RouterSection(host="127.0.0.1", port=port)
+    section = RouterSection(host=HOST, port=port)
     spec = RouterSpec(section=section, model=MODEL, model_path=folder, key_file=key_file, cluster="added")
     with _process(server.run, spec) as process:
-        url, deadline_s = f"http://127.0.0.1:{port}", time.monotonic() + WITHIN_S
+        url, deadline_s = f"http://{HOST}:{port}", time.monotonic() + WITHIN_S
         while True:
             with suppress(OSError):
                 get_json(url, "/health")
                 break
             if time.monotonic() > deadline_s:
-                raise SystemExit("router_added: the router did not start")
+                raise SystemExit(f"{MODEL}: the router did not start within {WITHIN_S:g} s")
             time.sleep(0.1)
         yield url, process
 
@@ -231,7 +241,7 @@ def workers(key_file: Path, url: str, decode: type[FakeWorker]) -> Iterator[tupl
     mine, its = multiprocessing.Pipe()
     with _process(_run_workers, its, key_file, url, decode):
         if not mine.poll(WITHIN_S):
-            raise SystemExit("router_added: the workers did not start")
+            raise SystemExit(f"{MODEL}: the workers did not start within {WITHIN_S:g} s")
         yield mine.recv()
 
 

@@ -11,23 +11,20 @@ router's process, over all tokens of its streams.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import statistics
 import sys
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from aiohttp import web
+import psutil
 
 from benchmarks import report
 from benchmarks.bench_cluster import run_main
 from benchmarks.legs import Pair
-from benchmarks.router_added import MODEL, running
+from benchmarks.router_added import MODEL, ByHand, running
 from benchmarks.streams import Client, Stream, percentile, session
-from router.fake_worker import FakeWorker, Fault
+from router.fake_worker import FakeWorker
 
 PROMPT_TOKENS = 64
 STEP_S = 0.02
@@ -48,18 +45,17 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=300, help="of each (default 300)")
     parser.add_argument("--rounds", type=int, default=3, help="of both ways (default 3)")
     options = parser.parse_args()
-    with running(options.model, decode=Stepping) as (_, url, process, (prefill, decode)):
-        host = "127.0.0.1"
-        by_hand = _Named(f"http://{host}:{prefill}", f"http://{host}:{decode}", host, prefill)
-        targets: dict[str, str | Pair] = {"direct": by_hand, "router": url}
-        results = asyncio.run(measure(targets, process, options.streams, options.tokens, options.rounds))
+    with running(options.model, decode=Stepping) as (_, url, process, ports):
+        targets: dict[str, str | Pair] = {"direct": ByHand.of_ports(ports), "router": url}
+        asked = psutil.Process(process)
+        results = asyncio.run(measure(targets, asked, options.streams, options.tokens, options.rounds))
     rows = [[one[key] for key in COLUMNS.values()] for one in results]
     report.publish({"step_ms": 1e3 * STEP_S, "results": results}, tuple(COLUMNS), rows, options.json)
     return 0
 
 
 async def measure(
-    targets: dict[str, str | Pair], process: int, streams: int, tokens: int, rounds: int
+    targets: dict[str, str | Pair], process: psutil.Process, streams: int, tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Rows of all ways, over all rounds. process: the router's"""
     gaps_s: dict[str, list[float]] = {way: [] for way in targets}
@@ -94,18 +90,10 @@ def _checked(stream: Stream, tokens: int) -> Stream:
     return stream
 
 
-def _cpu_s(process: int) -> float:
-    """What this process has taken of processors."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@dataclass(frozen=True)
-class _Named(Pair):
-    """Whose requests have names, as the simulated workers want them."""
-
-    def meeting(self) -> dict[str, Any]:
-        return {**super().meeting(), "rid": uuid.uuid4().hex}
+def _cpu_s(process: psutil.Process) -> float:
+    """What it has taken of processors."""
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 @dataclass
@@ -129,22 +117,8 @@ class Stepping(FakeWorker):
             self._stepped.set()
             self._stepped.clear()
 
-    async def _stream(
-        self,
-        request: web.Request,
-        body: dict[str, Any],
-        prompt_tokens: int,
-        numbers: range,
-        cached: int,
-        fault: Fault,
-    ) -> web.StreamResponse:
-        response = await self._begun(request)
-        for number in numbers:
-            await self._stepped.wait()
-            await response.write(self._token(False, body, number, last=number == numbers[-1]))
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(numbers)}
-        await response.write(self._ending(False, body, {**usage, "prompt_tokens_details": {"cached_tokens": cached}}))
-        return response
+    async def before_token(self) -> None:
+        await self._stepped.wait()
 
 
 if __name__ == "__main__":

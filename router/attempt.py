@@ -306,24 +306,26 @@ class Attempt:
         try:
             async with Silence(self._stall_s) as silence:
                 while piece := await self._next(stream, response, silence):
-                    async with self._writing:
-                        passing = stream.feed(piece)
-                        if stream.seen.failure is not None:
-                            return
-                        if stream.begun:
-                            self._token()
-                        if passing:
-                            passed = stream.ids[len(self.delivered_ids) :]
-                            # A client that reads slowly makes this wait; where it is given up meanwhile, nothing was
-                            # sent.
-                            await self._delivery.write(passing, response.headers)
-                            self.delivered_ids += passed
-                    if stream.done:
+                    await self._pass(stream, piece, response.headers)
+                    if stream.done or stream.seen.failure is not None:
                         return
         except TimeoutError:
             if not stream.said_all:
                 worker = self.plan.decode.name
                 raise LegFailed(worker, Fault.TIMEOUT, f"{worker} sent nothing for {self._stall_s:g} s", 504) from None
+
+    async def _pass(self, stream: TokenStream, piece: bytes, headers: Mapping[str, str]) -> None:
+        async with self._writing:
+            passing = stream.feed(piece)
+            if stream.seen.failure is not None:
+                return
+            if stream.begun:
+                self._token()
+            if passing:
+                passed = stream.ids[len(self.delivered_ids) :]
+                # A client that reads slowly makes this wait; where it is given up meanwhile, nothing was sent.
+                await self._delivery.write(passing, headers)
+                self.delivered_ids += passed
 
     async def _to_its_end(self, worker: Worker, response: aiohttp.ClientResponse) -> None:
         """Behind an answer's last word: so that the connection can be used again."""

@@ -486,6 +486,7 @@ class FakeWorker:
             return response
         await response.write(self._opening(chat, body))
         for number in numbers:
+            await self.before_token()
             await response.write(self._token(chat, body, number, last=number == numbers[-1]))
             if number == numbers[0]:
                 continue
@@ -506,6 +507,9 @@ class FakeWorker:
                     await self._wait(_rid(body), asyncio.Event().wait())
         await response.write(self._ending(chat, body, _usage(prompt_tokens, len(numbers), cached)))
         return response
+
+    async def before_token(self) -> None:
+        """For a worker whose streams go on at a pace: it waits here for the next step."""
 
     async def _first_token(
         self,

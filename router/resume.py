@@ -46,7 +46,7 @@ def forbids(request: ClientRequest) -> str:
             return name
     logprobs = body.get("logprobs")
     if logprobs is not None and logprobs is not False:
-        # 0 are that of each token itself.
+        # Also 0: events have that of their own token then.
         return "logprobs"
     for name, nothing in _PENALTIES.items():
         if body.get(name) not in (None, nothing):

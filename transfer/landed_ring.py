@@ -49,10 +49,9 @@ def record(sequence: int, tag: int, pages: int) -> tuple[int, int]:
     return both | tag & _48_BITS, both | pages << 16 | tag >> 48
 
 
-class _Mapped:
-    def __init__(self, descriptor: int) -> None:
-        self.memory = mmap.mmap(descriptor, SIZE_BYTES)
-        self.words = memoryview(self.memory).cast("Q")
+def _mapped(descriptor: int) -> memoryview:
+    """A ring's memory in words, mapped for as long as anybody has it."""
+    return memoryview(mmap.mmap(descriptor, SIZE_BYTES)).cast("Q")
 
 
 class RingReader:
@@ -61,9 +60,8 @@ class RingReader:
     def __init__(self) -> None:
         self._descriptor = memfd.create("mainstem-landed", SIZE_BYTES)
         token = secrets.token_bytes(_TOKEN_BYTES)
-        mapped = _Mapped(self._descriptor)
-        mapped.memory[:_TOKEN_BYTES] = token
-        self._words = mapped.words
+        self._words = _mapped(self._descriptor)
+        self._words.cast("B")[:_TOKEN_BYTES] = token
         self._next = 1
         self.address = RingAddress(memfd.path_of(self._descriptor), token)
 
@@ -99,13 +97,12 @@ class RingWriter:
         except memfd.NoMemory as error:
             raise NoRing(f"ring: {error}") from error
         try:
-            mapped = _Mapped(descriptor)
+            self._words = _mapped(descriptor)
         finally:
             os.close(descriptor)
-        if mapped.memory[:_TOKEN_BYTES] != address.token:
+        if self._words.cast("B")[:_TOKEN_BYTES] != address.token:
             raise NoRing("ring: not the peer's")
-        self._words = mapped.words
-        self.pointer = int(np.frombuffer(mapped.memory, np.uint8).ctypes.data)
+        self.pointer = int(np.frombuffer(self._words, np.uint64).ctypes.data)
         """Where the whole of it begins in this process. A multiple of a memory page."""
         self._sequence = 0
 
