@@ -161,10 +161,8 @@ class MainstemKVManager(BaseKVManager):  # type: ignore[misc]
         key = ClusterKey.read(Path(spec.key_file))
         deadlines = Deadlines(handoff_s=spec.handoff_timeout_s, silence_s=spec.silence_s)
         layers = None if decodes else _layers(spec, pool, server_args, is_mla=bool(is_mla_backend))
-        self.passes = None if layers is None else _passes(pool, len(layers))
+        self.passes = None if layers is None else _passes(pool, len(layers), apart=spec.ahead == "layers")
         """Of a prefill worker whose pages may leave before they are sent."""
-        self.by_layers = spec.ahead == "layers"
-        """Whether all of their layers but the last leave while that one is computed."""
         transports = make(
             spec.transports,
             pool,
@@ -407,13 +405,32 @@ def _layers(spec: WorkerSpec, pool: Pool, server_args: Any, *, is_mla: bool) -> 
     return layers_of(len(pool.buffers), is_mla=is_mla)
 
 
-def _passes(pool: Pool, layers: int) -> ForwardPasses:
+@dataclass(frozen=True)
+class _Reached:
+    """An event of CUDA's (transfer.mark.Mark)."""
+
+    device: Any
+    event: Any
+
+    def reached(self) -> bool:
+        return bool(self.device.reached(self.event))
+
+
+def _passes(pool: Pool, layers: int, *, apart: bool) -> ForwardPasses:
+    """apart: whether all of their layers but the last leave while that one is computed"""
     # CUDA's bindings, and a driver: only where there is a GPU.
     from transfer.cuda import Device
 
     device = Device.of(pool.buffers[0].ctypes.data)
     sets = [Events(device.event(), device.event(), device.event()) for _ in range(PASSES)]
-    return ForwardPasses(layers, sets, device.record, lambda: torch.cuda.current_stream().cuda_stream)
+    return ForwardPasses(
+        layers,
+        sets,
+        device.record,
+        lambda: torch.cuda.current_stream().cuda_stream,
+        lambda event: _Reached(device, event),
+        apart=apart,
+    )
 
 
 def _pools(args: KVArgs, server_args: Any) -> tuple[Pool, Pool]:

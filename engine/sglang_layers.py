@@ -2,8 +2,8 @@
 
     Scheduler.run_batch                 a pass begins: which pages its requests have when it is over;
                                         at its end its stream has all of it
-    AttentionBackend.forward, layer n   where layers leave before the pass is over: those before n are in the pool,
-                                        as far as the stream is concerned
+    AttentionBackend.forward, layer n   those before n are in the pool, as far as the stream is concerned: where layers
+                                        leave before the pass is over, they may now; and it soon is over
     Scheduler.process_disagg_prefill_inflight_queue
                                         what was computed before this pass is sent, and now this one's pages may leave
 
@@ -48,7 +48,7 @@ class LayerHooks:
     def __init__(self, reader: SlotReader) -> None:
         self._reader = reader
         self._passes: ForwardPasses | None = None
-        """Of the process, while one of them runs whose layers leave before it is over."""
+        """Of the process, while one of them runs of which anything leaves ahead."""
         self._manager: Any = None
         self._going: list[tuple[_Going, SlotsRead]] = []
         """Of the pass that was put into its stream last."""
@@ -73,8 +73,7 @@ class LayerHooks:
             return original(scheduler, batch, *arguments, **named)
         written, passes = self._reader.written(table), manager.passes
         passes.begin(stream_of(scheduler).cuda_stream)
-        if manager.by_layers:
-            self._passes = passes
+        self._passes = passes
         try:
             result = original(scheduler, batch, *arguments, **named)
         finally:

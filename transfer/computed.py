@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from transfer.mark import Mark
+
 
 @dataclass(frozen=True)
 class Computed:
@@ -25,3 +27,6 @@ class Computed:
     nearly: Any = None
     """Its first `layers` layers are; None where nothing is known of a layer before all of them are computed."""
     layers: int = 0
+    soon: Mark | None = None
+    """Reached shortly before it is done: a stream that is told to wait earlier than that slows the pass down. None: it
+    is told at once."""

@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 ACCEPT_AGAIN_S = 0.1
 MAX_STRANGERS = 64
 """Connections that have not proved yet that they hold the cluster's key. One more costs the oldest its place."""
+SOON_S = 1e-3
+"""Between two looks at whether a pass is nearly computed: each takes the interpreter from the scheduler."""
 _NOT_AHEAD = -1
 
 
@@ -207,6 +209,12 @@ class Sender:
 
         computed  when the pass's layers are
         """
+        if computed.soon is None or computed.soon.reached():
+            self._let_go(going, computed)
+        else:
+            self._courier.call(self._wait_for_it, going, computed, computed.soon)
+
+    def _let_go(self, going: Sequence[Going], computed: Computed) -> None:
         with self._lock:
             parts: dict[_Peer, list[_PartAhead]] = {}
             for one in going:
@@ -336,6 +344,15 @@ class Sender:
         self._step(room, outgoing, Event.FAILED)
 
     # The courier's thread.
+
+    def _wait_for_it(self, going: Sequence[Going], computed: Computed, soon: Mark) -> None:
+        self._courier.spawn(self._let_go_soon(going, computed, soon))
+
+    async def _let_go_soon(self, going: Sequence[Going], computed: Computed, soon: Mark) -> None:
+        """What is sent before that does not go ahead."""
+        while not soon.reached():
+            await asyncio.sleep(SOON_S)
+        self._let_go(going, computed)
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -32,9 +32,8 @@ class Sender:
 
 
 class Manager:
-    def __init__(self, passes: Any, *, by_layers: bool) -> None:
+    def __init__(self, passes: Any) -> None:
         self.passes = passes
-        self.by_layers = by_layers
         self.computed: list[Any] = []
 
     def ahead(self, going: list[Any], computed: Any) -> None:
@@ -46,7 +45,7 @@ class Manager:
 class Run:
     """A scheduler that runs one batch with the hooks around it."""
 
-    def __init__(self, layers: int = 3, *, counts: bool = True, by_layers: bool = True, reader: Any = None) -> None:
+    def __init__(self, layers: int = 3, *, counts: bool = True, apart: bool = True, reader: Any = None) -> None:
         from engine.forward_passes import Events, ForwardPasses
         from engine.sglang_layers import LayerHooks
         from engine.sglang_slots import SlotReader
@@ -59,8 +58,10 @@ class Run:
             [Events("before", "nearly", "done")],
             lambda event, _stream: self.recorded.append(event),
             lambda: STREAM,
+            lambda event: SimpleNamespace(event=event, reached=lambda: False),
+            apart=apart,
         )
-        self.manager = Manager(passes if counts else None, by_layers=by_layers)
+        self.manager = Manager(passes if counts else None)
         self.scheduler = SimpleNamespace(
             disagg_prefill_bootstrap_queue=SimpleNamespace(kv_manager=self.manager),
             enable_overlap=True,
@@ -132,10 +133,11 @@ def test_two_requests_of_a_batch_leave_together() -> None:
 
 
 def test_a_pass_leaves_at_its_end_where_that_is_asked_for() -> None:
-    run, sender = Run(by_layers=False), Sender()
+    run, sender = Run(apart=False), Sender()
     run.batch(run.request(0, 0, 64, 64, sender))
-    assert (sender.went, run.recorded) == ([([10, 11, 12, 13], 4)], ["before", "done"])
-    assert run.manager.computed[0].nearly is None
+    assert (sender.went, run.recorded) == ([([10, 11, 12, 13], 4)], ["before", "nearly", "done"])
+    [computed] = run.manager.computed
+    assert (computed.nearly, computed.layers, computed.soon.event) == (None, 0, "nearly")
 
 
 def test_a_pass_that_begins_before_the_last_one_was_sent_waits_for_that() -> None:

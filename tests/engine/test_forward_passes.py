@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,9 +35,21 @@ class Stream:
         return not any(kind == "layer" and int(one) < layers for kind, one in self.order[self.when(event) :])
 
 
-def passes_of(stream: Stream, layers: int, sets: int = 2) -> ForwardPasses:
+@dataclass(frozen=True)
+class Reached:
+    """An event of a stream whose work is done as it comes."""
+
+    event: str
+    order: list[tuple[str, int | str]]
+
+    def reached(self) -> bool:
+        return ("event", self.event) in self.order
+
+
+def passes_of(stream: Stream, layers: int, sets: int = 2, *, apart: bool = True) -> ForwardPasses:
     events = [Events(f"before {number}", f"nearly {number}", f"done {number}") for number in range(sets)]
-    return ForwardPasses(layers, events, stream.record, lambda: stream.current)
+    mark: Callable[[str], Reached] = lambda event: Reached(event, stream.order)  # noqa: E731
+    return ForwardPasses(layers, events, stream.record, lambda: stream.current, mark, apart=apart)
 
 
 def test_most_layers_are_known_to_be_computed_before_the_pass_is_over() -> None:
@@ -51,7 +66,24 @@ def test_most_layers_are_known_to_be_computed_before_the_pass_is_over() -> None:
     passes.begin(STREAM)
     second = passes.end()
     assert {second.before, second.done}.isdisjoint({first.before, first.nearly, first.done}), "others have other ones"
-    assert (second.nearly, second.layers) == (None, 0)
+    assert (second.nearly, second.layers, second.soon) == (None, 0, None)
+
+
+def test_a_pass_whose_layers_are_not_told_apart_says_when_its_last_one_begins() -> None:
+    stream = Stream()
+    passes = passes_of(stream, 32, apart=False)
+    for _ in range(2):
+        passes.begin(STREAM)
+        for layer in range(32):
+            passes.reaches(layer)
+            stream.compute(layer)
+        computed = passes.end()
+        assert (computed.nearly, computed.layers) == (None, 0)
+        assert isinstance(computed.soon, Reached)
+        assert stream.order[stream.when(computed.soon.event) + 1] == ("layer", 31)
+    passes.begin(STREAM)
+    passes.reaches(32)
+    assert passes.end().soon is None, "a draft model's layer says nothing of this one's"
 
 
 @given(st.integers(1, 40), st.data())

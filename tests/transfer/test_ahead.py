@@ -22,6 +22,21 @@ ROOM = 7
 NOW = Computed(before=None, done=None)
 
 
+class Said:
+    """A mark that is reached when that is said."""
+
+    def __init__(self, now: bool = False) -> None:
+        self.now = now
+
+    def reached(self) -> bool:
+        return self.now
+
+    @property
+    def computed(self) -> Computed:
+        """A pass that is soon over from then on."""
+        return Computed(before=None, done=None, soon=self)
+
+
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     one = Pair(("shm",), eager=True)
@@ -150,14 +165,40 @@ def test_a_route_that_writes_what_is_computed_lets_nothing_go_ahead() -> None:
         pair.close()
 
 
+def test_nothing_is_asked_of_a_route_before_the_pass_is_soon_over(pair: Pair) -> None:
+    """And by then decode may have granted pages that it had not."""
+    soon = Said()
+    pair.begin(ROOM, [10, 11])
+    pair.open(ROOM + 1)
+    pair.sender.offer(ROOM + 1)
+    pair.sender.ahead([Going(ROOM, pages(1, 2), 2), Going(ROOM + 1, pages(3), 1)], soon.computed)
+    pair.receiver.grant(ROOM + 1, pages(12), 1, 0)
+    eventually(lambda: pair.sender.state(ROOM + 1) is SenderState.GRANTED)
+    assert pair.eager[0].ahead_writes == []
+    soon.now = True
+    eventually(lambda: pair.landed([1, 2, 3], [10, 11, 12]))
+    assert pair.eager[0].ahead_writes == [3]
+    pair.sender.send(ROOM, pages(1, 2), AUX)
+    pair.sender.send(ROOM + 1, pages(3), AUX)
+    done(pair)
+    done(pair, ROOM + 1)
+    assert (pair.eager[0].confirmed_pages, pair.eager[0].written_pages) == (3, 0)
+
+
+def test_what_was_sent_before_the_pass_was_known_to_be_soon_over_does_not_go_ahead(pair: Pair) -> None:
+    soon = Said()
+    pair.begin(ROOM, [10, 11, 12])
+    pair.sender.ahead([Going(ROOM, pages(1, 2, 3), 3)], soon.computed)
+    pair.sender.send(ROOM, pages(1, 2))
+    soon.now = True
+    eventually(lambda: pair.eager[0].ahead_writes == [1])
+    pair.sender.send(ROOM, pages(3), AUX)
+    done(pair)
+    assert pair.landed([1, 2, 3], [10, 11, 12])
+
+
 def test_pages_that_are_sent_early_wait_until_they_are_computed(pair: Pair) -> None:
-    class Computed:
-        now = False
-
-        def reached(self) -> bool:
-            return self.now
-
-    computed = Computed()
+    computed = Said()
     pair.begin(ROOM, [10, 11])
     pair.sender.send(ROOM, pages(1), after=computed)
     pair.begin(ROOM + 1, [12])
@@ -170,12 +211,8 @@ def test_pages_that_are_sent_early_wait_until_they_are_computed(pair: Pair) -> N
 
 
 def test_a_room_that_ends_while_its_pages_are_not_computed_holds_nothing_up(pair: Pair) -> None:
-    class Never:
-        def reached(self) -> bool:
-            return False
-
     pair.begin(ROOM, [10, 11])
-    pair.sender.send(ROOM, pages(1), after=Never())
+    pair.sender.send(ROOM, pages(1), after=Said())
     pair.sender.fail(ROOM, "aborted")
     pair.begin(ROOM + 1, [12])
     pair.sender.send(ROOM + 1, pages(3), AUX)
@@ -235,7 +272,7 @@ def test_whatever_goes_ahead_what_was_sent_is_what_lands(shared: _Shared, data: 
     destination = data.draw(st.permutations(range(1, LAYOUT.pages)), "destination")[:count]
     sent = data.draw(st.permutations(range(1, LAYOUT.pages)), "source")[:count]
     pair.begin(room, destination)
-    start = 0
+    start, passes = 0, []
     while start < count:
         end = data.draw(st.integers(start + 1, count), "end")
         if data.draw(st.booleans(), "ahead"):
@@ -244,11 +281,16 @@ def test_whatever_goes_ahead_what_was_sent_is_what_lands(shared: _Shared, data: 
                 data.draw(st.sampled_from([page, 1 + page % (LAYOUT.pages - 1)]), "guess") for page in sent[:until]
             ]
             fresh = data.draw(st.integers(0, until), "fresh")
-            pair.sender.ahead([Going(room, np.array(guess, np.int32), fresh)], NOW)
+            passes.append(Said(data.draw(st.booleans(), "soon over")))
+            pair.sender.ahead([Going(room, np.array(guess, np.int32), fresh)], passes[-1].computed)
         last = end == count
         pair.sender.send(room, np.array(sent[start:end], np.int32), AUX if last else None)
         start = end
+        for one in passes:
+            one.now = one.now or data.draw(st.booleans(), "by now")
     done(pair, room)
+    for one in passes:
+        one.now = True
     assert pair.landed(sent, destination)
     pair.receiver.forget(room)
     pair.sender.forget(room)
