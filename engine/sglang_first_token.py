@@ -14,6 +14,8 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from engine.sglang_detokenize import straight_streamer
+
 
 class FirstTokenHooks:
     """Act in a decode worker whose KV manager has a receiver, as ours has; on prefill's requests with a sender of ours,
@@ -24,6 +26,8 @@ class FirstTokenHooks:
         """Whether SGLang is saying the first tokens of such a batch."""
         self._said: Any = None
         """The result of a pass whose first tokens were said before SGLang looks at it."""
+        self._straight: Any = None
+        """What says them."""
 
     def register(self) -> None:
         queue = "sglang.srt.disaggregation.decode.DecodeTransferQueue."
@@ -58,7 +62,9 @@ class FirstTokenHooks:
         made = result.next_token_ids.tolist()
         ready = [batch.reqs[place] for place in streams if _begins(batch.reqs[place], made[place])]
         if ready:
-            scheduler.output_streamer.stream_output(ready, False)
+            if self._straight is None:
+                self._straight = straight_streamer(scheduler)
+            self._straight.stream_output(ready, False)
         for request in ready:
             # SGLang will put it there.
             request.output_ids.pop()

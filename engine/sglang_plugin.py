@@ -11,7 +11,7 @@ It registers hooks and nothing else; they act only in a worker that Mainstem sta
     decode's own cached prefix     -> not counted as prefill that was saved, sound where the pool runs full
     how far a forward pass is      -> engine.sglang_layers
     a pass while the next one runs -> engine.sglang_overlap
-    a first token                  -> engine.sglang_first_token
+    a first token                  -> engine.sglang_first_token, its text engine.sglang_detokenize
     one rank asks itself           -> engine.sglang_polls
     a step behind freed pages      -> engine.sglang_landing
     nothing to compute             -> engine.sglang_idle
@@ -34,7 +34,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import DISAGG_TRANSFER_BACKEND_CHOICES, add_disagg_transfer_backend_choices
 
-from engine import sglang_cpu, sglang_json, sglang_polls, sglang_token_ids
+from engine import sglang_cpu, sglang_detokenize, sglang_json, sglang_polls, sglang_token_ids
 from engine.outbox import Outbox
 from engine.page_events import PageEvents
 from engine.sglang_first_token import FirstTokenHooks
@@ -80,6 +80,7 @@ def register() -> None:
     IdleHook().register()
     SiblingHook().register()
     sglang_token_ids.register()
+    sglang_detokenize.register()
     sglang_json.register()
     sglang_polls.apply()
     sglang_cpu.apply()

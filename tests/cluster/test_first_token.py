@@ -3,13 +3,16 @@ worker that stands still behind it costs them time alone."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.bench_cluster import scheduler_of
@@ -64,6 +67,35 @@ def test_clients_read_what_decode_alone_would_have_said(cluster: Cluster, path: 
         by_prefill += told(cluster, one)["first_token_from"] == "prefill"
     # Half a character is not said before its other half.
     assert by_prefill >= 4
+
+
+def test_no_detokenizer_is_on_its_way(cluster: Cluster) -> None:
+    """Its process stands still until the client has the token that prefill says."""
+    wanted = asked(cluster, "/v1/completions", 50, DECODES).text
+    [detokenizer] = [
+        process
+        for process in psutil.Process(cluster.workers["prefill-0"]).children(recursive=True)
+        if "detokenizer" in process.cmdline()[0]
+    ]
+    body = {"model": cluster.plan.router.model, "max_tokens": 12, "temperature": 0, "prompt": sentence(50, 40)}
+    request = urllib.request.Request(
+        cluster.url + "/v1/completions",
+        json.dumps({**body, "stream": True}).encode(),
+        {"content-type": "application/json"},
+    )
+    detokenizer.suspend()
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            first = response.readline()
+            detokenizer.resume()
+            rest = response.read()
+            rid = response.headers["x-request-id"]
+    finally:
+        detokenizer.resume()
+
+    events = [json.loads(line[6:]) for line in (first + rest).split(b"\n") if line.startswith(b"data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events if event["choices"]) == wanted
+    assert get_json(cluster.url, f"/api/explain/{rid}")["first_token_from"] == "prefill"
 
 
 def test_a_decode_worker_that_is_frozen_behind_it_costs_time_alone(cluster: Cluster) -> None:
