@@ -64,6 +64,7 @@ class Asked:
     more     fields of this attempt alone
     trace    its `traceparent`
     early    the client's first token is prefill's to say
+    decode_after_s  so much later than prefill is decode asked, unless prefill says something before
     """
 
     rid: str
@@ -73,6 +74,7 @@ class Asked:
     more: Mapping[str, Any] = field(default_factory=dict)
     trace: str = ""
     early: bool = False
+    decode_after_s: float = 0.0
 
 
 class Attempt:
@@ -104,6 +106,7 @@ class Attempt:
         """What passes of decode's answer, where it is one."""
         self.delivered_ids: list[int] = []
         """Tokens of the text that the client was sent."""
+        self._prefill_spoke = asyncio.Event()
         self._writing = asyncio.Lock()
         """Held by the leg whose piece is on its way to the client."""
         self.seen = Seen() if self.stream is None else self.stream.seen
@@ -245,6 +248,7 @@ class Attempt:
             # Also where it is cancelled: its load is not there any more.
             self._on_prefill_failed()
             raise
+        self._prefill_spoke.set()
         self._on_prefilled(seen)
 
     async def _opened(self, worker: Worker, decodes: TokenStream) -> Seen:
@@ -267,15 +271,19 @@ class Attempt:
             if decodes.begun:
                 return
             decodes.told(said.token, said.text)
-            self._on_token(self.plan.prefill, said.cached_tokens)
+            self._prefill_spoke.set()
+            # What is learned of it takes longer than to write it.
+            asyncio.get_running_loop().call_soon(self._on_token, self.plan.prefill, said.cached_tokens)
             await self._delivery.write(said.events, headers)
             self.delivered_ids.append(said.token)
 
     async def _decode(self) -> None:
         """The decode leg: its answer goes to the client."""
         if not self.plan.alone:
-            # Prefill's request is written in the next turn of the event loop: it is the one that is waited for.
-            await asyncio.sleep(0)
+            # Not before prefill's request is written, in the next turn of the event loop: that is what is waited for.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._asked.decode_after_s):
+                    await self._prefill_spoke.wait()
         body = self._body(keep_stream=True)
         if self.stream is not None:
             await self._relay(self.stream, body)

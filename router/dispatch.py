@@ -63,6 +63,9 @@ LONG_BYTES = 16 * 1024
 """A body that takes some tenths of a millisecond to read."""
 LOOK_S = 0.1
 """How often a request that waits for a worker looks for one."""
+DECODE_AFTER, DECODE_AFTER_MOST_S = 0.1, 0.03
+"""Decode is asked when so much of the time is over in which its pages are expected, at most: what it does to take a
+request in, and prefill to hear where its pages shall go, would keep prefill from beginning."""
 TAIL_TOKENS = 64
 """Of a stream that was cut off, so many of the last tokens are searched for the beginning of a stop string."""
 
@@ -349,6 +352,7 @@ class Dispatcher:
             more=remaining(run.request, len(run.delivery.ids)) if run.delivery.ids else {},
             trace=run.trace.parent(rid),
             early=self._early(run, plan),
+            decode_after_s=0.0 if decision.pairs.ask.guessed else min(DECODE_AFTER * expected_s, DECODE_AFTER_MOST_S),
         )
         attempt = Attempt(
             plan,

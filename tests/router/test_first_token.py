@@ -305,7 +305,7 @@ def test_a_client_that_leaves_behind_it_ends_the_request_on_both_workers(start: 
                 cluster.url + "/v1/chat/completions", json={**chat("hi"), **MESSAGE, "stream": True}
             ) as response:
                 await response.content.readany()
-            rid = cluster.received("d0")["rid"]
+            rid = cluster.received("p0")["rid"]
 
             await cluster.until(lambda: all(rid in worker.aborted for worker in cluster.workers.values()))
             last = await cluster.last()

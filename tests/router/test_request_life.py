@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from router.client import Client, Message
+from router.config import CostConfig
 from router.fake_worker import FIRST_TOKEN, Fault, FaultsLeft
 from router.openai import Endpoint
 from tests.router.served import BOTH, MESSAGE, PREFIX, WHOLE, Cluster, chat, run, spoken
@@ -41,6 +42,30 @@ def test_a_failing_leg_ends_the_request_with_an_error_and_aborts_the_other(
             _, state = await cluster.get("/api/state")
             assert all(worker["inflight_requests"] == 0 for worker in state["workers"])
             assert all(worker["outstanding_uncached_tokens"] == 0 for worker in state["workers"])
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_decode_is_asked_when_prefill_has_had_time_to_begin(
+    start: Any, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of what the prompt is expected to take: of one that fails before that, decode has not heard."""
+    monkeypatch.setattr("router.dispatch.DECODE_AFTER_MOST_S", 60.0)
+
+    async def scenario() -> None:
+        async with start("p0", "d0", cost=CostConfig(prefill_overhead_s=300.0), retries=0) as cluster:
+            cluster.workers["p0"].fault = Fault.ERROR
+
+            status, _, _ = await cluster.post(chat("hi", stream=stream))
+
+            assert status == 502
+            assert cluster.workers["d0"].received == []
+
+            cluster.workers["p0"].fault = Fault.NONE
+            status, _, _ = await cluster.post({**chat("hi"), **MESSAGE})
+
+            assert status == 200, "and of one that is computed before that, it hears at once"
 
     run(scenario())
 
@@ -114,7 +139,7 @@ def test_a_client_that_leaves_ends_the_request_on_both_workers(start: Any) -> No
                 cluster.url + "/v1/chat/completions", json=chat("hi", stream=True)
             ) as response:
                 await response.content.readany()
-            rid = cluster.received("d0")["rid"]
+            rid = cluster.received("p0")["rid"]
 
             await cluster.until(lambda: all(rid in worker.aborted for worker in cluster.workers.values()))
             assert (await cluster.last())["outcome"] == "cancelled"
