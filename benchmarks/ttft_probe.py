@@ -148,6 +148,7 @@ POINTS = (
     Point("prefill's HTTP has a token", (PREFILL,), HTTP, "first_token_time"),
     Point("HTTP has a token", (UNIFIED, DECODE), HTTP, "first_token_time"),
 )
+LAUNCHED, COMPUTED = "pass launched", "GPU is through"
 CLIENT = "client has a token"
 BESIDE = "of that, beside the pass"
 """A short prompt's pass takes as long as the CPU takes to launch it, and that is twice as long at one time as at
@@ -182,9 +183,22 @@ def _row(records: Sequence[Record], asked: Asked) -> dict[str, float]:
                 row[point.label] = 1e3 * (at_s - asked.sent_s)
     row[CLIENT] = 1e3 * (asked.first_s - asked.sent_s)
     passes = [one for one in records if one["who"] == PASS and asked.sent_s <= one["began_time"] <= asked.first_s]
+    for label, at_s in _ends_of(passes).items():
+        row[label] = 1e3 * (at_s - asked.sent_s)
     for name in LENGTHS:
         if told := [one[name] for one in passes if name in one]:
             row[f"pass {name}"] = sum(told)
     if "pass gpu_ms" in row:
         row[BESIDE] = row[CLIENT] - row["pass gpu_ms"]
     return row
+
+
+def _ends_of(passes: Sequence[Record]) -> dict[str, float]:
+    """When the first of a request's passes was put into its stream, and when the GPU was through with the last one: it
+    has begun with each as it came, as far as it was idle."""
+    found = {}
+    if passes:
+        found[LAUNCHED] = min(one["began_time"] for one in passes)
+    if passes and all("gpu_ms" in one for one in passes):
+        found[COMPUTED] = max(one["began_time"] + one["gpu_ms"] / 1e3 for one in passes)
+    return found

@@ -64,3 +64,12 @@ def test_a_pass_tells_how_long_its_launch_was_computed_and_how_long_it_waited(tm
     assert found["pass launch_cpu_ms"] < found["pass launch_ms"]
     assert found["pass waits"] >= 2
     assert "pass gpu_ms" not in found
+
+
+def test_where_the_gpu_was_is_told_of_its_passes() -> None:
+    """Of a request in two chunks: the launch of the first, and the end of the second."""
+    chunks = [{"who": "pass", "role": "prefill", "began_time": at_s, "gpu_ms": 80.0} for at_s in (10.125, 10.25)]
+    found = timeline(chunks, [Asked(10.0, 10.5)])
+    assert (found["pass launched"], found["GPU is through"], found["pass gpu_ms"]) == (125.0, 330.0, 160.0)
+    del chunks[1]["gpu_ms"]
+    assert "GPU is through" not in timeline(chunks, [Asked(10.0, 10.5)])
