@@ -34,6 +34,7 @@ from router.fleet import Fleet, Worker
 from router.intake import Intake
 from router.ledger import Ledger, Outcome, Record, Try
 from router.lifecycle import Limits, Next, Situation, after
+from router.lull import Lull
 from router.openai import (
     MAX_ROOM,
     ApiError,
@@ -63,7 +64,7 @@ LONG_BYTES = 16 * 1024
 """A body that takes some tenths of a millisecond to read."""
 LOOK_S = 0.1
 """How often a request that waits for a worker looks for one."""
-DECODE_AFTER, DECODE_AFTER_MOST_S = 0.1, 0.03
+DECODE_AFTER, DECODE_AFTER_MOST_S = 0.2, 0.03
 """Decode is asked when so much of the time is over in which its pages are expected, at most: what it does to take a
 request in, and prefill to hear where its pages shall go, would keep prefill from beginning."""
 TAIL_TOKENS = 64
@@ -135,6 +136,7 @@ class Dispatcher:
         self._rooms = rooms or random.SystemRandom()
         self._runs: dict[str, _Run] = {}
         self._intake = Intake()
+        self._lull = Lull()
         self._limits = Limits(section.retries, section.resumes)
         self._budget = RetryBudget(section.retry_fraction, section.retry_burst)
         self._handoffs = UsualTimes(section.handoff_floor_s, section.first_byte_timeout_s)
@@ -229,6 +231,8 @@ class Dispatcher:
 
     async def _read(self, endpoint: Endpoint, raw: bytes, *, may_resume: bool) -> ClientRequest:
         """Raises ApiError."""
+        if len(raw) > LONG_BYTES:
+            await self._lull.come()
         await self._intake.turn()
         request = read(endpoint, raw, self._model, may_resume=may_resume)
         if len(raw) > LONG_BYTES:
@@ -364,6 +368,7 @@ class Dispatcher:
             prefill_failed=lambda: self._placement.failed(flight, self._clock_s()),
             token=token,
             stall_s=self._section.stall_timeout_s,
+            lull=self._lull,
         )
         run.attempt, run.decoding_since_s = attempt, None
         well = False

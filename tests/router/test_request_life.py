@@ -50,7 +50,7 @@ def test_a_failing_leg_ends_the_request_with_an_error_and_aborts_the_other(
 def test_decode_is_asked_when_prefill_has_had_time_to_begin(
     start: Any, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tenth of what the prompt is expected to take: of one that fails before that, decode has not heard."""
+    """A fifth of what the prompt is expected to take: of one that fails before that, decode has not heard."""
     monkeypatch.setattr("router.dispatch.DECODE_AFTER_MOST_S", 60.0)
 
     async def scenario() -> None:
