@@ -11,7 +11,8 @@ that pages lie anywhere. "text": the prompt is text, about a token a word, which
 By the router also where the time went: in the router until it sent the request on (with text: rendering, tokenizing),
 until decode had found pages, until prefill had computed them, and handing them over.
 All ways are asked in turn. Below the table: when a request was where, told by a probe in the workers
-(benchmarks/ttft_probe.py).
+(benchmarks/ttft_probe.py), and how long it took beside the passes until its token, which the GPU computes as long for
+one worker as for another, but a CPU does not launch as quickly at one time as at another.
 """
 
 from __future__ import annotations
@@ -195,11 +196,11 @@ def config(folder: Path, name: str, model: Path, flags: dict[str, Any]) -> Path:
 
 
 def timelines_of(way: Way, records: list[dict[str, Any]], taken: Taken) -> dict[str, Any]:
-    """By cell, of those whose requests came one after the other."""
+    """By cell."""
     return {
-        str(cell): timeline(records, asked)
+        str(cell): timeline(records, asked, together=cell.at_once > 1)
         for (name, cell), asked in taken.items()
-        if name == way.name and cell.at_once == 1
+        if name == way.name
     }
 
 

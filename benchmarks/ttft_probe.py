@@ -162,26 +162,31 @@ def read(files: Iterable[Path]) -> list[Record]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def timeline(records: Sequence[Record], asked: Sequence[Asked]) -> dict[str, float]:
-    """Medians over these requests, one after the other: milliseconds after it was sent until each of POINTS, then
-    LENGTHS of its passes, and its time without them. What nobody told of is left out.
+def timeline(records: Sequence[Record], asked: Sequence[Asked], *, together: bool = False) -> dict[str, float]:
+    """Medians over these requests: milliseconds after it was sent until each of POINTS, then LENGTHS of the passes that
+    began before its token came, and its time without them. What nobody told of is left out.
 
-    records  of the workers of one system
+    records   of the workers of one system
+    together  whether others were there at the same time: then only of the passes, whoever they were for
     """
-    rows = [_row(records, one) for one in asked]
+    rows = [_passes_of(records, one) if together else _row(records, one) for one in asked]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: round(statistics.median(row[name] for row in rows if name in row), 2) for name in names}
 
 
 def _row(records: Sequence[Record], asked: Asked) -> dict[str, float]:
-    row = {}
+    row: dict[str, float] = {}
     for point in POINTS:
         for record in records:
             at_s = record.get(point.field, 0.0)
             tells = record["role"] in point.roles and record["who"] == point.who
             if tells and asked.sent_s <= at_s <= asked.first_s:
                 row[point.label] = 1e3 * (at_s - asked.sent_s)
-    row[CLIENT] = 1e3 * (asked.first_s - asked.sent_s)
+    return row | _passes_of(records, asked)
+
+
+def _passes_of(records: Sequence[Record], asked: Asked) -> dict[str, float]:
+    row = {CLIENT: 1e3 * (asked.first_s - asked.sent_s)}
     passes = [one for one in records if one["who"] == PASS and asked.sent_s <= one["began_time"] <= asked.first_s]
     for label, at_s in _ends_of(passes).items():
         row[label] = 1e3 * (at_s - asked.sent_s)

@@ -100,7 +100,7 @@ class LayerHooks:
 def _about_to_run(batch: Any, page_tokens: int, table: torch.Tensor) -> list[_Going]:
     """The requests of the pass whose pages go ahead: those that are full when it is over, and a prompt's last one.
 
-    Also a request that decode has not granted pages yet: it may have when the pass is in its stream.
+    Also a request that decode has not granted pages yet: it may have when the pass is nearly over.
     """
     going = []
     for request in batch.reqs:

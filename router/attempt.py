@@ -28,7 +28,6 @@ from router.faults import BETWEEN, Fault, LegFailed, refused
 from router.first_token import STREAM_OPTIONS, FirstToken, Said, wants_usage
 from router.fleet import Worker
 from router.lifecycle import LIVE, Event, Phase, step
-from router.lull import Lull
 from router.openai import ClientRequest, Handoff, engine_rids, leg_body
 from router.planner import Plan
 from router.silence import Silence
@@ -86,7 +85,6 @@ class Attempt:
     token           told when a worker says the first token: which, and what its cache had of the prompt, where that is
                     known. Of prefill, where that was the client's first; of decode, always
     stall_s         a stream that has begun and then says nothing for so long has failed
-    lull            told of tokens that pass
     """
 
     def __init__(
@@ -101,7 +99,6 @@ class Attempt:
         prefill_failed: Callable[[], None],
         token: Callable[[Worker, int | None], None],
         stall_s: float,
-        lull: Lull,
     ) -> None:
         self.plan = plan
         self.phase = Phase.SENT
@@ -122,7 +119,6 @@ class Attempt:
         self._on_prefill_failed = prefill_failed
         self._on_token = token
         self._stall_s = stall_s
-        self._lull = lull
         self._interrupted: asyncio.Future[LegFailed | Moved] = asyncio.get_running_loop().create_future()
 
     def needs(self, worker: Worker) -> bool:
@@ -288,7 +284,6 @@ class Attempt:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._asked.decode_after_s):
                     await self._prefill_spoke.wait()
-            await self._lull.come()
         body = self._body(keep_stream=True)
         if self.stream is not None:
             await self._relay(self.stream, body)
@@ -339,7 +334,6 @@ class Attempt:
                 # A client that reads slowly makes this wait; where it is given up meanwhile, nothing was sent.
                 await self._delivery.write(passing, headers)
                 self.delivered_ids += passed
-                self._lull.passed()
 
     async def _to_its_end(self, worker: Worker, response: aiohttp.ClientResponse) -> None:
         """Behind an answer's last word: so that the connection can be used again."""

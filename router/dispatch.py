@@ -34,7 +34,6 @@ from router.fleet import Fleet, Worker
 from router.intake import Intake
 from router.ledger import Ledger, Outcome, Record, Try
 from router.lifecycle import Limits, Next, Situation, after
-from router.lull import Lull
 from router.openai import (
     MAX_ROOM,
     ApiError,
@@ -136,7 +135,6 @@ class Dispatcher:
         self._rooms = rooms or random.SystemRandom()
         self._runs: dict[str, _Run] = {}
         self._intake = Intake()
-        self._lull = Lull()
         self._limits = Limits(section.retries, section.resumes)
         self._budget = RetryBudget(section.retry_fraction, section.retry_burst)
         self._handoffs = UsualTimes(section.handoff_floor_s, section.first_byte_timeout_s)
@@ -231,8 +229,6 @@ class Dispatcher:
 
     async def _read(self, endpoint: Endpoint, raw: bytes, *, may_resume: bool) -> ClientRequest:
         """Raises ApiError."""
-        if len(raw) > LONG_BYTES:
-            await self._lull.come()
         await self._intake.turn()
         request = read(endpoint, raw, self._model, may_resume=may_resume)
         if len(raw) > LONG_BYTES:
@@ -368,7 +364,6 @@ class Dispatcher:
             prefill_failed=lambda: self._placement.failed(flight, self._clock_s()),
             token=token,
             stall_s=self._section.stall_timeout_s,
-            lull=self._lull,
         )
         run.attempt, run.decoding_since_s = attempt, None
         well = False

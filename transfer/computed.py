@@ -28,5 +28,4 @@ class Computed:
     """Its first `layers` layers are; None where nothing is known of a layer before all of them are computed."""
     layers: int = 0
     soon: Mark | None = None
-    """Reached shortly before it is done: a stream that is told to wait earlier than that slows the pass down. None: it
-    is told at once."""
+    """Reached shortly before it is done: what is granted until then goes ahead too. None: what is by now."""

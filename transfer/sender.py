@@ -207,7 +207,7 @@ class Sender:
         Whoever calls this sends the same pages later. One that is another by then is written again: the cache may have
         found that it held the same tokens already. Those that have left already are left out.
 
-        computed  when the pass's layers are
+        computed  when the pass's layers are; a room that is granted before it is soon over may still go ahead
         """
         if computed.soon is None or computed.soon.reached():
             self._let_go(going, computed)

@@ -73,3 +73,12 @@ def test_where_the_gpu_was_is_told_of_its_passes() -> None:
     assert (found["pass launched"], found["GPU is through"], found["pass gpu_ms"]) == (125.0, 330.0, 160.0)
     del chunks[1]["gpu_ms"]
     assert "GPU is through" not in timeline(chunks, [Asked(10.0, 10.5)])
+
+
+def test_of_requests_at_once_only_the_passes_are_told_apart() -> None:
+    """Whose times are whose is not known; what the GPU did until a token came is."""
+    passes = [{"who": "pass", "role": "prefill", "began_time": at_s, "gpu_ms": 80.0} for at_s in (10.125, 10.25)]
+    first, second = Asked(10.0, 10.2), Asked(10.0, 10.5)
+    other = {"who": "scheduler", "role": "prefill", "forward_entry_time": 10.125}
+    assert "pass begins" not in timeline([*passes, other], [first, second], together=True)
+    assert timeline(passes, [second], together=True)["of that, beside the pass"] == 340.0
