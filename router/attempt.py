@@ -272,8 +272,7 @@ class Attempt:
                 return
             decodes.told(said.token, said.text)
             self._prefill_spoke.set()
-            # What is learned of it takes longer than to write it.
-            asyncio.get_running_loop().call_soon(self._on_token, self.plan.prefill, said.cached_tokens)
+            self._on_token(self.plan.prefill, said.cached_tokens)
             await self._delivery.write(said.events, headers)
             self.delivered_ids.append(said.token)
 

@@ -331,14 +331,18 @@ class Dispatcher:
             plan.prefill.health.went_well()
             self._admission.changed()
 
+        def computed(at_s: float, cached_tokens: int | None) -> None:
+            self._placement.prefilled(flight, at_s, cached_tokens)
+            self._admission.changed()
+
         def token(by: Worker, cached_tokens: int | None) -> None:
             now_s = self._clock_s()
             if record.ttft_s is None and request.stream:
                 record.ttft_s = now_s - record.started_s
                 record.first_token_from = "decode" if by is plan.decode else "prefill"
             if request.stream:
-                self._placement.prefilled(flight, now_s, cached_tokens)
-                self._admission.changed()
+                # Behind what is about to be written: to learn of it takes longer.
+                asyncio.get_running_loop().call_soon(computed, now_s, cached_tokens)
             if by is plan.decode:
                 # Prefill has done well when its pages are there.
                 run.decoding_since_s = now_s
