@@ -19,8 +19,9 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 def register() -> None:
     """Called once in each process, before SGLang's hooks are applied."""
-    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
-    HookRegistry.register(manager + "_handle_batch_output", DetokenizeHook().output, HookType.AROUND)
+    hook, manager = DetokenizeHook(), "sglang.srt.managers.tokenizer_manager.TokenizerManager."
+    HookRegistry.register(manager + "init_tokenizer_and_processor", hook.made, HookType.AFTER)
+    HookRegistry.register(manager + "_handle_batch_output", hook.output, HookType.AROUND)
 
 
 def straight_streamer(scheduler: Any) -> Any:
@@ -33,15 +34,18 @@ def straight_streamer(scheduler: Any) -> Any:
 
 
 class DetokenizeHook:
-    """Acts on tokens that come without their text, where there is a tokenizer: nobody but us sends them."""
+    """Acts in the HTTP server of a prefill worker, on tokens that come without their text: nobody but us sends them."""
 
     def __init__(self) -> None:
         self._detokenizer: _Detokenizer | None = None
 
+    def made(self, _nothing: None, manager: Any) -> None:
+        """Not when the first token comes: to count a tokenizer's words takes ten milliseconds."""
+        if manager.server_args.disaggregation_mode == "prefill" and manager.tokenizer is not None:
+            self._detokenizer = _Detokenizer(manager)
+
     async def output(self, original: Any, manager: Any, received: Any) -> None:
-        if isinstance(received, BatchTokenIDOutput) and manager.tokenizer is not None:
-            if self._detokenizer is None:
-                self._detokenizer = _Detokenizer(manager)
+        if isinstance(received, BatchTokenIDOutput) and self._detokenizer is not None:
             received = self._detokenizer.text_of(received)
         await original(manager, received)
 
