@@ -164,7 +164,7 @@ def read(files: Iterable[Path]) -> list[Record]:
 
 def timeline(records: Sequence[Record], asked: Sequence[Asked], *, together: bool = False) -> dict[str, float]:
     """Medians over these requests: milliseconds after it was sent until each of POINTS, then LENGTHS of the passes that
-    began before its token came, and its time without them. What nobody told of is left out.
+    were over before its token came, and its time without them. What nobody told of is left out.
 
     records   of the workers of one system
     together  whether others were there at the same time: then only of the passes, whoever they were for
@@ -187,7 +187,7 @@ def _row(records: Sequence[Record], asked: Asked) -> dict[str, float]:
 
 def _passes_of(records: Sequence[Record], asked: Asked) -> dict[str, float]:
     row = {CLIENT: 1e3 * (asked.first_s - asked.sent_s)}
-    passes = [one for one in records if one["who"] == PASS and asked.sent_s <= one["began_time"] <= asked.first_s]
+    passes = _until(asked.first_s, [one for one in records if one["who"] == PASS and asked.sent_s <= one["began_time"]])
     for label, at_s in _ends_of(passes).items():
         row[label] = 1e3 * (at_s - asked.sent_s)
     for name in LENGTHS:
@@ -198,12 +198,22 @@ def _passes_of(records: Sequence[Record], asked: Asked) -> dict[str, float]:
     return row
 
 
+def _until(at_s: float, passes: Sequence[Record]) -> list[Record]:
+    """Those that were over by then, with their end: the GPU computes one after the other, each once it was launched. Of
+    which no time on the GPU is known, those that had begun."""
+    found, end_s = [], 0.0
+    for one in sorted(passes, key=lambda one: one["began_time"]):
+        end_s = max(end_s, one["began_time"]) + one.get("gpu_ms", 0.0) / 1e3
+        if end_s <= at_s:
+            found.append({**one, "end_time": end_s})
+    return found
+
+
 def _ends_of(passes: Sequence[Record]) -> dict[str, float]:
-    """When the first of a request's passes was put into its stream, and when the GPU was through with the last one: it
-    has begun with each as it came, as far as it was idle."""
+    """When the first of a request's passes was put into its stream, and when the GPU was through with the last one."""
     found = {}
     if passes:
-        found[LAUNCHED] = min(one["began_time"] for one in passes)
+        found[LAUNCHED] = passes[0]["began_time"]
     if passes and all("gpu_ms" in one for one in passes):
-        found[COMPUTED] = max(one["began_time"] + one["gpu_ms"] / 1e3 for one in passes)
+        found[COMPUTED] = passes[-1]["end_time"]
     return found

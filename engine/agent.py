@@ -55,6 +55,8 @@ class EngineFacts(msgspec.Struct, frozen=True):
     context_length: int | None = None
     dtype: str = ""
     kv_cache_dtype: str = "auto"
+    optimistic_prefill_attempts: int = 0
+    chunked_prefill_size: int | None = None
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
@@ -276,6 +278,7 @@ class Agent:
             kv_dtype=_kv_dtype(facts) if facts else "",
             capacity_tokens=facts.max_total_num_tokens if facts else 0,
             max_context_tokens=_max_context(facts) if facts else 0,
+            ungranted_tokens=_ungranted_tokens(facts) if facts and spec.role == "prefill" else 0,
             sequence=self._journal.sequence,
             held_pages=len(self._journal.held),
             audit_s=spec.audit_s,
@@ -301,6 +304,14 @@ def _tcp(host: str, port: int) -> str:
 
 def _kv_dtype(facts: EngineFacts) -> str:
     return facts.dtype if facts.kv_cache_dtype == "auto" else facts.kv_cache_dtype
+
+
+def _ungranted_tokens(facts: EngineFacts) -> int:
+    """SGLang gives a prompt's pages away again where they are not granted after its first chunk."""
+    if not facts.optimistic_prefill_attempts:
+        return 0
+    chunk = facts.chunked_prefill_size or 0
+    return chunk if chunk > 0 else _max_context(facts)
 
 
 def _max_context(facts: EngineFacts) -> int:

@@ -15,7 +15,8 @@ PASSES = 4
 
 @dataclass(frozen=True)
 class Events:
-    """Of one pass, as `Computed` has them. `nearly`: all layers but the last one are, and so it is soon done.
+    """Of one pass, as `Computed` has them. `nearly`: all layers but the last one are. Where layers are not told apart
+    it only says that the last one has begun, about.
 
     Not each when it is computed: a link that is kept busy all the time slows down what is computed (measured, see
     transfer/README.md), and in the time of the last layer most of the others are over it.

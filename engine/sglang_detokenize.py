@@ -4,7 +4,8 @@
         └─────── first token ────────────────────────────────^              which makes its text here
 
 By SGLang's own detokenizer, which forgets the request again: what the scheduler says of it later, why it has ended,
-goes the usual way and has no text any more. So this is for what prefill says, which is one token.
+goes the usual way and has no text any more. So this is for what prefill says, which is one token. Should the HTTP
+server stand still until that has come too, it may read it first, as there are two senders: then decode says the token.
 """
 
 from __future__ import annotations

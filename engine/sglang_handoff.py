@@ -35,6 +35,7 @@ from engine.spec import WorkerSpec
 from transfer.auth import ClusterKey
 from transfer.bell import Bell
 from transfer.computed import Computed
+from transfer.cuda import CudaFailed
 from transfer.deadlines import Deadlines
 from transfer.ended import Ended
 from transfer.layout import PoolLayout
@@ -284,10 +285,7 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
 
     def going(self, kv_indices: npt.NDArray[np.int32], fresh: int) -> Going:
         """What may leave of the prompt's first pages, of which a pass computes the last ones, so many."""
-        # What decode holds already is not wanted.
-        held = self._sender.prefix_tokens(self._room) // self._manager.kv_args.page_size
-        pages = kv_indices[held:]
-        return Going(self._room, pages, min(fresh, len(pages)))
+        return Going(self._room, kv_indices, fresh)
 
     def poll(self) -> int:
         return FAILED if self._refused else _SENDER_POLL[self._sender.state(self._room)._value_]
@@ -407,13 +405,17 @@ def _layers(spec: WorkerSpec, pool: Pool, server_args: Any, *, is_mla: bool) -> 
 
 @dataclass(frozen=True)
 class _Reached:
-    """An event of CUDA's (transfer.mark.Mark)."""
+    """An event of CUDA's (transfer.mark.Mark), which a pass that comes PASSES later may record again."""
 
     device: Any
     event: Any
 
     def reached(self) -> bool:
-        return bool(self.device.reached(self.event))
+        try:
+            return bool(self.device.reached(self.event))
+        except CudaFailed:
+            # Whoever goes on finds that too, and says so.
+            return True
 
 
 def _passes(pool: Pool, layers: int, *, apart: bool) -> ForwardPasses:

@@ -15,7 +15,8 @@ Which pages they are is known to the GPU first; to ask it would be to wait for t
 has.
 
 For a model that does not come by that way, or runs in one CUDA graph, all layers are computed at the end of the pass.
-Then pages leave at once from there: still before the CPU has heard of it. Why only behind run_batch: `Computed`.
+Then those leave from there that decode had granted when the pass was launched: still before the CPU has heard of it.
+Why only behind run_batch: `Computed`.
 """
 
 from __future__ import annotations

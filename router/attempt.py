@@ -1,4 +1,4 @@
-"""One pair's try at a request: both legs at once, until the client has its answer or the pair has failed.
+"""One pair's try at a request: both legs, until the client has its answer or the pair has failed.
 
                    ┌ first token ─┐
     prefill leg ───┴── its end: the pages were delivered ──┐

@@ -64,8 +64,8 @@ LONG_BYTES = 16 * 1024
 LOOK_S = 0.1
 """How often a request that waits for a worker looks for one."""
 DECODE_AFTER, DECODE_AFTER_MOST_S = 0.2, 0.03
-"""Decode is asked when so much of the time is over in which its pages are expected, at most: what it does to take a
-request in, and prefill to hear where its pages shall go, would keep prefill from beginning."""
+"""Decode is asked when so much of the time is over in which prefill computes without it, at most: what it does to take
+a request in, and prefill to hear where its pages shall go, would keep prefill from beginning."""
 TAIL_TOKENS = 64
 """Of a stream that was cut off, so many of the last tokens are searched for the beginning of a stop string."""
 
@@ -356,7 +356,7 @@ class Dispatcher:
             more=remaining(run.request, len(run.delivery.ids)) if run.delivery.ids else {},
             trace=run.trace.parent(rid),
             early=self._early(run, plan),
-            decode_after_s=0.0 if decision.pairs.ask.guessed else min(DECODE_AFTER * expected_s, DECODE_AFTER_MOST_S),
+            decode_after_s=_decode_after_s(plan),
         )
         attempt = Attempt(
             plan,
@@ -515,6 +515,15 @@ class Dispatcher:
             room=self._rooms.randint(1, MAX_ROOM),
             epoch=prefill.epoch,
         )
+
+
+def _decode_after_s(plan: Plan) -> float:
+    """How long after prefill decode is asked. Where prefill does not begin before decode has granted pages, at once."""
+    decision = plan.decision
+    if decision.pairs.ask.guessed:
+        return 0.0
+    share = min(1.0, plan.prefill.registration.ungranted_tokens / max(1, decision.uncached_tokens))
+    return min(DECODE_AFTER * share * decision.expected_s, DECODE_AFTER_MOST_S)
 
 
 def _answer_tokens(plan: Plan) -> int:

@@ -141,6 +141,7 @@ class FakeWorker:
     kv_dtype: str = "float32"
     max_context_tokens: int = 4096
     capacity_tokens: int = 65536
+    ungranted_tokens: int = 0
     lease_s: float = 5.0
     audit_s: float = 0.0
     """Time between two audits; 0: none but those that `audit` publishes."""
@@ -239,6 +240,7 @@ class FakeWorker:
             kv_dtype="" if self.state == "starting" else self.kv_dtype,
             capacity_tokens=self.capacity_tokens,
             max_context_tokens=self.max_context_tokens,
+            ungranted_tokens=self.ungranted_tokens,
             sequence=self.sequence,
             held_pages=len(self._held),
             audit_s=self.audit_s,

@@ -28,4 +28,5 @@ class Computed:
     """Its first `layers` layers are; None where nothing is known of a layer before all of them are computed."""
     layers: int = 0
     soon: Mark | None = None
-    """Reached shortly before it is done: what is granted until then goes ahead too. None: what is by now."""
+    """Reached shortly before it is done: what is granted until then goes ahead too. None: what is by now. As the
+    events, it may come to be a later pass's: then there is nothing left to go ahead."""

@@ -49,6 +49,7 @@ MAX_STRANGERS = 64
 SOON_S = 1e-3
 """Between two looks at whether a pass is nearly computed: each takes the interpreter from the scheduler."""
 _NOT_AHEAD = -1
+_OVER = TERMINAL | {SenderState.ABSENT}
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,23 @@ class _Write:
 class Going:
     """Pages of one room that may leave while a pass computes the last of them.
 
-    pages  indices into this worker's pool, the first ones of those granted
+    pages  indices into this worker's pool, the prompt's first ones, also those that decode holds already
     fresh  so many of them, the last ones, are computed by the pass; those before were by earlier ones
     """
 
     room: int
     pages: Pages
     fresh: int
+
+    @property
+    def early(self) -> Going:
+        """Those that are computed already."""
+        return Going(self.room, self.pages[: len(self.pages) - self.fresh], 0)
+
+    def behind(self, held: int) -> Going:
+        """All but the first ones."""
+        pages = self.pages[held:]
+        return Going(self.room, pages, min(self.fresh, len(pages)))
 
 
 @dataclass(frozen=True)
@@ -211,8 +222,9 @@ class Sender:
         """
         if computed.soon is None or computed.soon.reached():
             self._let_go(going, computed)
-        else:
-            self._courier.call(self._wait_for_it, going, computed, computed.soon)
+            return
+        self._let_go([one.early for one in going], computed)
+        self._courier.call(lambda: self._courier.spawn(self._let_go_soon(going, computed)))
 
     def _let_go(self, going: Sequence[Going], computed: Computed) -> None:
         with self._lock:
@@ -222,6 +234,8 @@ class Sender:
                 if outgoing is None or outgoing.state not in (SenderState.GRANTED, SenderState.STREAMING):
                     continue
                 assert outgoing.peer is not None, "a granted room has a peer"
+                # What decode holds already is not granted.
+                one = one.behind(outgoing.prefix_tokens // self._me.layout.page_tokens)
                 start, end = max(outgoing.ahead_pages, outgoing.queued_pages), len(one.pages)
                 if outgoing.peer.route.ahead is None or not start < end <= len(outgoing.pages):
                     continue
@@ -345,13 +359,13 @@ class Sender:
 
     # The courier's thread.
 
-    def _wait_for_it(self, going: Sequence[Going], computed: Computed, soon: Mark) -> None:
-        self._courier.spawn(self._let_go_soon(going, computed, soon))
-
-    async def _let_go_soon(self, going: Sequence[Going], computed: Computed, soon: Mark) -> None:
+    async def _let_go_soon(self, going: Sequence[Going], computed: Computed) -> None:
         """What is sent before that does not go ahead."""
-        while not soon.reached():
+        assert computed.soon is not None, "that is what is waited for"
+        while not computed.soon.reached():
             await asyncio.sleep(SOON_S)
+            if all(self.state(one.room) in _OVER for one in going):
+                return
         self._let_go(going, computed)
 
     async def _accept(self, listener: socket.socket) -> None:

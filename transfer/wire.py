@@ -224,6 +224,9 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     capacity_tokens: int
     """KV slots, in tokens."""
     max_context_tokens: int
+    ungranted_tokens: int = 0
+    """Of a prompt, so many does a prefill worker compute before decode has to have granted pages; 0: it does not begin
+    without."""
     sequence: int = 0
     """Last page-event sequence published: a router that stands below it has missed the tail."""
     held_pages: int = 0

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from benchmarks.ttft_probe import Asked, Probe, read, timeline
 
 
@@ -71,6 +73,10 @@ def test_where_the_gpu_was_is_told_of_its_passes() -> None:
     chunks = [{"who": "pass", "role": "prefill", "began_time": at_s, "gpu_ms": 80.0} for at_s in (10.125, 10.25)]
     found = timeline(chunks, [Asked(10.0, 10.5)])
     assert (found["pass launched"], found["GPU is through"], found["pass gpu_ms"]) == (125.0, 330.0, 160.0)
+    for one in chunks:
+        one["gpu_ms"] = 150.0
+    overlapping = timeline(chunks, [Asked(10.0, 10.5)])
+    assert overlapping["GPU is through"] == pytest.approx(425.0), "the second waits for the first"
     del chunks[1]["gpu_ms"]
     assert "GPU is through" not in timeline(chunks, [Asked(10.0, 10.5)])
 
@@ -82,3 +88,6 @@ def test_of_requests_at_once_only_the_passes_are_told_apart() -> None:
     other = {"who": "scheduler", "role": "prefill", "forward_entry_time": 10.125}
     assert "pass begins" not in timeline([*passes, other], [first, second], together=True)
     assert timeline(passes, [second], together=True)["of that, beside the pass"] == 340.0
+    late = {"who": "pass", "role": "prefill", "began_time": 10.45, "gpu_ms": 80.0}
+    found = timeline([*passes, late], [second], together=True)
+    assert found["of that, beside the pass"] == 340.0, "one that is not over is none of its"

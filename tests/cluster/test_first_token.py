@@ -69,6 +69,14 @@ def test_clients_read_what_decode_alone_would_have_said(cluster: Cluster, path: 
     assert by_prefill >= 4
 
 
+def test_prefill_says_that_it_computes_before_decode_grants_pages(cluster: Cluster) -> None:
+    """In fields of SGLang's that the agent reads."""
+    [prefill] = [worker for worker in cluster.plan.workers if worker.role == "prefill"]
+    facts = get_json(f"http://{prefill.host}:{prefill.port}", "/server_info")
+    assert facts["optimistic_prefill_attempts"] == 1
+    assert isinstance(facts["chunked_prefill_size"], int)
+
+
 def test_no_detokenizer_is_on_its_way(cluster: Cluster) -> None:
     """Its process stands still until the client has the token that prefill says."""
     wanted = asked(cluster, "/v1/completions", 50, DECODES).text

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -34,6 +35,7 @@ class Site:
         self.key = key
         self.registrations: list[wire.Registration] = []
         self.freezes = 0
+        self.facts: dict[str, Any] = FACTS
         self.freezing = 200
         """What the engine answers to that."""
         self.url = ""
@@ -41,7 +43,7 @@ class Site:
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[Site]:
         app = web.Application()
-        app.router.add_get("/server_info", _server_info)
+        app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/v1/loads", _loads)
         app.router.add_post("/freeze_gc", self._freeze)
         app.router.add_post("/internal/register", self._register)
@@ -54,6 +56,9 @@ class Site:
             yield self
         finally:
             await runner.cleanup()
+
+    async def _server_info(self, _: web.Request) -> web.Response:
+        return web.json_response(self.facts)
 
     async def _freeze(self, _: web.Request) -> web.Response:
         assert all(registration.state == "starting" for registration in self.registrations)
@@ -73,10 +78,6 @@ class Site:
                     if condition(registration):
                         return registration
                 await asyncio.sleep(0.01)
-
-
-async def _server_info(_: web.Request) -> web.Response:
-    return web.json_response(FACTS)
 
 
 async def _loads(_: web.Request) -> web.Response:
@@ -130,6 +131,24 @@ def test_a_worker_is_starting_until_its_engine_speaks_then_ready_with_the_engine
         )
         assert site.registrations[-1].leaving
         assert site.freezes == 1
+
+    run(work, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "chunk", "wanted"), [(0, 512, 0), (1, 512, 512), (1, -1, 2048), (1, None, 2048)], ids=str
+)
+def test_what_is_computed_before_decode_grants_pages_is_a_chunk_or_nothing(
+    tmp_path: Path, attempts: int, chunk: int | None, wanted: int
+) -> None:
+    async def work(site: Site, spec: WorkerSpec, key: ClusterKey) -> None:
+        site.facts = {**FACTS, "optimistic_prefill_attempts": attempts, "chunked_prefill_size": chunk}
+        agent = Agent(spec, epoch=77, key=key)
+        await asyncio.to_thread(agent.start)
+        agent.engine_ready()
+        ready = await site.until(lambda registration: registration.state == "ready")
+        await asyncio.to_thread(agent.close)
+        assert ready.ungranted_tokens == wanted
 
     run(work, tmp_path)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -46,15 +48,26 @@ def test_a_failing_leg_ends_the_request_with_an_error_and_aborts_the_other(
     run(scenario())
 
 
+@asynccontextmanager
+async def asking_decode_late(
+    start: Any, monkeypatch: pytest.MonkeyPatch, ungranted_tokens: int
+) -> AsyncIterator[Cluster]:
+    """A pair in which a prompt is expected to take so long that decode would be asked after a minute."""
+    monkeypatch.setattr("router.dispatch.DECODE_AFTER_MOST_S", 60.0)
+    async with start("p0", "d0", cost=CostConfig(prefill_overhead_s=300.0), retries=0) as cluster:
+        cluster.workers["p0"].ungranted_tokens = ungranted_tokens
+        await cluster.workers["p0"].register(cluster.url)
+        yield cluster
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_decode_is_asked_when_prefill_has_had_time_to_begin(
     start: Any, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fifth of what the prompt is expected to take: of one that fails before that, decode has not heard."""
-    monkeypatch.setattr("router.dispatch.DECODE_AFTER_MOST_S", 60.0)
 
     async def scenario() -> None:
-        async with start("p0", "d0", cost=CostConfig(prefill_overhead_s=300.0), retries=0) as cluster:
+        async with asking_decode_late(start, monkeypatch, 8192) as cluster:
             cluster.workers["p0"].fault = Fault.ERROR
 
             status, _, _ = await cluster.post(chat("hi", stream=stream))
@@ -66,6 +79,32 @@ def test_decode_is_asked_when_prefill_has_had_time_to_begin(
             status, _, _ = await cluster.post({**chat("hi"), **MESSAGE})
 
             assert status == 200, "and of one that is computed before that, it hears at once"
+
+    run(scenario())
+
+
+def test_decode_is_asked_once_prefill_has_said_a_token(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose answer does not end before decode has its pages."""
+
+    async def scenario() -> None:
+        async with asking_decode_late(start, monkeypatch, 8192) as cluster:
+            cluster.workers["p0"].handing_over.clear()
+            asking = asyncio.create_task(cluster.events({**chat("hi"), **MESSAGE}))
+            await cluster.until(lambda: bool(cluster.workers["d0"].received))
+            cluster.workers["p0"].handing_over.set()
+            _, events = await asking
+            assert spoken(events) == WHOLE
+
+    run(scenario())
+
+
+def test_decode_is_asked_at_once_where_prefill_waits_for_it(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with asking_decode_late(start, monkeypatch, 0) as cluster:
+            cluster.workers["p0"].fault = Fault.HANG
+            asking = asyncio.create_task(cluster.post(chat("hi")))
+            await cluster.until(lambda: bool(cluster.workers["d0"].received))
+            asking.cancel()
 
     run(scenario())
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +20,8 @@ from transfer.sender import Going
 from transfer.session import ReceiverState, SenderState
 
 ROOM = 7
+LOOKED_S = 0.01
+"""By then a sender has looked whether a pass is nearly over."""
 NOW = Computed(before=None, done=None)
 
 
@@ -185,6 +188,94 @@ def test_nothing_is_asked_of_a_route_before_the_pass_is_soon_over(pair: Pair) ->
     assert (pair.eager[0].confirmed_pages, pair.eager[0].written_pages) == (3, 0)
 
 
+def test_what_earlier_passes_have_computed_does_not_wait_for_this_one(pair: Pair) -> None:
+    soon = Said()
+    pair.begin(ROOM, [10, 11, 12])
+    pair.sender.ahead([Going(ROOM, pages(1, 2, 3), 1)], soon.computed)
+    eventually(lambda: pair.landed([1, 2], [10, 11]))
+    soon.now = True
+    eventually(lambda: pair.landed([3], [12]))
+    assert pair.eager[0].ahead_writes == [2, 1]
+    pair.sender.send(ROOM, pages(1, 2, 3), AUX)
+    done(pair)
+    assert pair.eager[0].confirmed_pages == 3
+
+
+def test_of_a_prompt_whose_beginning_decode_holds_the_rest_goes_where_it_was_granted(pair: Pair) -> None:
+    """Also where that is granted while the pass is computed."""
+    soon = Said()
+    pair.open(ROOM)
+    pair.sender.offer(ROOM)
+    pair.sender.ahead([Going(ROOM, pages(1, 2, 3, 4), 3)], soon.computed)
+    pair.receiver.grant(ROOM, pages(12, 13), 1, 2 * LAYOUT.page_tokens)
+    eventually(lambda: pair.sender.state(ROOM) is SenderState.GRANTED)
+    before = [buffer.copy() for buffer in pair.destination.buffers]
+    soon.now = True
+    eventually(lambda: pair.landed([3, 4], [12, 13]))
+    pair.sender.send(ROOM, pages(3, 4), AUX)
+    done(pair)
+    assert (pair.eager[0].ahead_writes, pair.eager[0].confirmed_pages) == ([2], 2)
+    for now, then in zip(pair.destination.buffers, before, strict=True):
+        assert np.array_equal(np.delete(now, [12, 13], axis=0), np.delete(then, [12, 13], axis=0))
+
+
+def test_of_a_chunk_that_decode_holds_nothing_goes(pair: Pair) -> None:
+    soon = Said()
+    pair.open(ROOM)
+    pair.sender.offer(ROOM)
+    pair.sender.ahead([Going(ROOM, pages(1, 2), 2)], soon.computed)
+    pair.receiver.grant(ROOM, pages(12, 13), 1, 2 * LAYOUT.page_tokens)
+    eventually(lambda: pair.sender.state(ROOM) is SenderState.GRANTED)
+    soon.now = True
+    pair.sender.ahead([Going(ROOM, pages(1, 2, 3, 4), 2)], NOW)
+    eventually(lambda: pair.landed([3, 4], [12, 13]))
+    pair.sender.send(ROOM, pages(3, 4), AUX)
+    done(pair)
+    assert (pair.eager[0].ahead_writes, pair.eager[0].confirmed_pages) == ([2], 2)
+
+
+@pytest.mark.parametrize("how", ["failed", "forgotten", "given up by decode", "not granted"])
+def test_a_room_that_is_over_when_the_pass_nearly_is_gets_nothing(pair: Pair, how: str) -> None:
+    soon = Said()
+    pair.begin(ROOM + 1, [20])
+    if how == "not granted":
+        pair.open(ROOM)
+        pair.sender.offer(ROOM)
+    else:
+        pair.begin(ROOM, [10])
+    before = pair.destination.buffers[0][10].copy()
+    pair.sender.ahead([Going(ROOM, pages(1), 1), Going(ROOM + 1, pages(2), 1)], soon.computed)
+    if how == "failed":
+        pair.sender.fail(ROOM, "gave up")
+    elif how == "forgotten":
+        pair.sender.forget(ROOM)
+    elif how == "given up by decode":
+        pair.receiver.fail(ROOM, "gave up")
+        eventually(lambda: pair.sender.state(ROOM) is SenderState.FAILED)
+    soon.now = True
+    eventually(lambda: pair.landed([2], [20]))
+    assert pair.eager[0].ahead_writes == [1]
+    assert np.array_equal(pair.destination.buffers[0][10], before)
+
+
+def test_nobody_waits_for_a_pass_all_of_whose_rooms_are_over(pair: Pair) -> None:
+    class Counted(Said):
+        looks = 0
+
+        def reached(self) -> bool:
+            self.looks += 1
+            return False
+
+    soon = Counted()
+    pair.begin(ROOM, [10])
+    pair.sender.ahead([Going(ROOM, pages(1), 1)], soon.computed)
+    eventually(lambda: soon.looks > 2)
+    pair.sender.fail(ROOM, "gave up")
+    looks = soon.looks
+    time.sleep(0.1)
+    assert soon.looks <= looks + 2
+
+
 def test_what_was_sent_before_the_pass_was_known_to_be_soon_over_does_not_go_ahead(pair: Pair) -> None:
     soon = Said()
     pair.begin(ROOM, [10, 11, 12])
@@ -289,8 +380,12 @@ def test_whatever_goes_ahead_what_was_sent_is_what_lands(shared: _Shared, data: 
         for one in passes:
             one.now = one.now or data.draw(st.booleans(), "by now")
     done(pair, room)
+    written = len(pair.eager[0].ahead_writes)
     for one in passes:
         one.now = True
+    time.sleep(LOOKED_S)
+    assert pair.landed(sent, destination)
+    assert len(pair.eager[0].ahead_writes) == written
     assert pair.landed(sent, destination)
     pair.receiver.forget(room)
     pair.sender.forget(room)
