@@ -5,6 +5,8 @@ SGLang's queue, batch and streamer are stood for by what the hooks use of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,21 +53,38 @@ class Request:
         return self.finished_reason is not None
 
 
-class Worker:
-    """As much of a decode scheduler as says tokens."""
+@dataclass
+class Streamer:
+    """SGLang's is a dataclass too."""
 
-    def __init__(self, *, ours: bool = True) -> None:
+    say: Callable[[list[Request]], None]
+    ways: list[str]
+    send_to_detokenizer: str = "detokenizer"
+
+    def stream_output(self, requests: list[Request], *_arguments: Any) -> None:
+        self.ways.append(self.send_to_detokenizer)
+        self.say(requests)
+
+
+class Worker:
+    """As much of a scheduler as says tokens. servers: that read them"""
+
+    def __init__(self, *, ours: bool = True, servers: int = 1) -> None:
         from engine.sglang_first_token import FirstTokenHooks
 
         self.hooks = FirstTokenHooks()
         self.said: list[Request] = []
+        self.ways: list[str] = []
+        """To whom, each time."""
         manager = SimpleNamespace(receiver="a receiver" if ours else None)
         self.scheduler = SimpleNamespace(
             disagg_decode_prealloc_queue=SimpleNamespace(kv_manager=manager),
-            output_streamer=SimpleNamespace(stream_output=self.stream_output),
+            output_streamer=Streamer(self.stream_output, self.ways),
+            ipc_channels=SimpleNamespace(send_to_tokenizer="HTTP server"),
+            server_args=SimpleNamespace(tokenizer_worker_num=servers, skip_tokenizer_init=False),
         )
 
-    def stream_output(self, requests: list[Request], *_arguments: Any) -> None:
+    def stream_output(self, requests: list[Request]) -> None:
         def original(_streamer: Any, ready: list[Request], *_more: Any) -> None:
             for one in ready:
                 if one.finished() or not one.holds_back:
@@ -185,6 +204,13 @@ def test_prefill_says_a_token_when_it_is_computed_and_leaves_the_request_as_it_w
     # As SGLang does next: it appends the token, and says at the end of the hand-off that there was no more.
     one.output_ids.append(7)
     assert one.send_token_offset == len(one.output_ids)
+
+
+@pytest.mark.parametrize(("servers", "way"), [(1, "HTTP server"), (2, "detokenizer")])
+def test_what_prefill_says_goes_straight_to_its_http_server_where_there_is_one(servers: int, way: str) -> None:
+    worker = Worker(servers=servers)
+    computed(worker, computing())
+    assert worker.ways == [way]
 
 
 @pytest.mark.parametrize(
