@@ -107,6 +107,7 @@ class Attempt:
         self.delivered_ids: list[int] = []
         """Tokens of the text that the client was sent."""
         self._prefill_spoke = asyncio.Event()
+        """Set when it has said a token, or all: decode is asked at once then, if it was not."""
         self._writing = asyncio.Lock()
         """Held by the leg whose piece is on its way to the client."""
         self.seen = Seen() if self.stream is None else self.stream.seen
