@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import psutil
@@ -78,28 +79,31 @@ def test_prefill_says_that_it_computes_before_decode_grants_pages(cluster: Clust
 
 
 def test_no_detokenizer_is_on_its_way(cluster: Cluster) -> None:
-    """Its process stands still until the client has the token that prefill says."""
+    """All of them stand still until the client has the token that prefill says: decode cannot say it meanwhile."""
     wanted = asked(cluster, "/v1/completions", 50, DECODES).text
-    [detokenizer] = [
+    detokenizers = [
         process
-        for process in psutil.Process(cluster.workers["prefill-0"]).children(recursive=True)
+        for worker in cluster.workers.values()
+        for process in psutil.Process(worker).children(recursive=True)
         if "detokenizer" in process.cmdline()[0]
     ]
+    assert len(detokenizers) == 3
     body = {"model": cluster.plan.router.model, "max_tokens": 12, "temperature": 0, "prompt": sentence(50, 40)}
     request = urllib.request.Request(
         cluster.url + "/v1/completions",
         json.dumps({**body, "stream": True}).encode(),
         {"content-type": "application/json"},
     )
-    detokenizer.suspend()
-    try:
+    for process in detokenizers:
+        process.suspend()
+    with ExitStack() as later:
+        for process in detokenizers:
+            later.callback(process.resume)
         with urllib.request.urlopen(request, timeout=60) as response:
             first = response.readline()
-            detokenizer.resume()
+            later.close()
             rest = response.read()
             rid = response.headers["x-request-id"]
-    finally:
-        detokenizer.resume()
 
     events = [json.loads(line[6:]) for line in (first + rest).split(b"\n") if line.startswith(b"data: {")]
     assert "".join(event["choices"][0]["text"] for event in events if event["choices"]) == wanted
