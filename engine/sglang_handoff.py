@@ -261,6 +261,9 @@ class MainstemKVSender(BaseKVSender):  # type: ignore[misc]
     def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
         assert aux_index is not None, "SGLang gives every request a metadata row"
         self._pages, self._aux_index = num_kv_indices, aux_index
+        if num_kv_indices < 0:
+            held = self.pop_decode_prefix_len()
+            self._sender.fail(self._room, f"prefix_tokens: wanted no more than the prompt has, found {held}")
 
     def pop_decode_prefix_len(self) -> int:
         return self._sender.prefix_tokens(self._room)

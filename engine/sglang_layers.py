@@ -40,7 +40,7 @@ class _Going:
     slots: torch.Tensor
     """Of its tokens, in SGLang's table."""
     fresh: int
-    """How many of its pages the pass computes, the last ones."""
+    """How many of its pages the pass fills, the last ones."""
 
 
 class LayerHooks:
@@ -67,8 +67,9 @@ class LayerHooks:
         manager = _manager_of(scheduler)
         if manager is None or not batch.forward_mode.is_extend():
             return original(scheduler, batch, *arguments, **named)
-        page_tokens, table = scheduler.token_to_kv_pool_allocator.page_size, scheduler.req_to_token_pool.req_to_token
-        going = _about_to_run(batch, page_tokens, table)
+        allocator, table = scheduler.token_to_kv_pool_allocator, scheduler.req_to_token_pool.req_to_token
+        page_tokens = allocator.page_size
+        going = _about_to_run(batch, page_tokens, table, cached=not _loads_layers(allocator.get_kvcache()))
         self._manager, self._going = manager, []
         if not going:
             return original(scheduler, batch, *arguments, **named)
@@ -98,10 +99,12 @@ class LayerHooks:
             self._manager.ahead([one.sender.going(slots.pages(), one.fresh) for one, slots in self._going], computed)
 
 
-def _about_to_run(batch: Any, page_tokens: int, table: torch.Tensor) -> list[_Going]:
+def _about_to_run(batch: Any, page_tokens: int, table: torch.Tensor, *, cached: bool) -> list[_Going]:
     """The requests of the pass whose pages go ahead: those that are full when it is over, and a prompt's last one.
 
     Also a request that decode has not granted pages yet: it may have when the pass is nearly over.
+
+    cached  whether the pool has what the cache had of a prompt before the pass begins
     """
     going = []
     for request in batch.reqs:
@@ -116,9 +119,16 @@ def _about_to_run(batch: Any, page_tokens: int, table: torch.Tensor) -> list[_Go
         if end < len(request.origin_input_ids):
             end -= end % page_tokens
         pages = -(-end // page_tokens)
-        fresh = max(0, pages - request.extend_range.start // page_tokens)
+        there = request.extend_range.start // page_tokens if cached else 0
+        fresh = max(0, pages - there)
         going.append(_Going(sender, table[request.req_pool_idx, :end], fresh))
     return going
+
+
+def _loads_layers(pool: Any) -> bool:
+    """Whether a cache beyond the GPU fills this pool while a pass runs, each layer before it is read: SGLang's
+    hierarchical cache and LMCache do. To SGLang such slots are cached when the pass begins."""
+    return pool.layer_transfer_counter is not None
 
 
 def layers_of(buffers: int, *, is_mla: bool) -> tuple[tuple[int, ...], ...]:

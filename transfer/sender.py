@@ -456,6 +456,9 @@ class Sender:
     def _granted(self, peer: _Peer, room: int, grant: handoff.Grant) -> None:
         pages = np.frombuffer(grant.pages, np.dtype("<i4"))
         check_range(pages, peer.layout.pages)
+        page_tokens = self._me.layout.page_tokens
+        if grant.prefix_tokens < 0 or grant.prefix_tokens % page_tokens:
+            raise ValueError(f"prefix_tokens: wanted whole pages of {page_tokens}, found {grant.prefix_tokens}")
         outgoing = self._room(room)
         ended = outgoing.state in TERMINAL
         if not ended and outgoing.peer is not None and outgoing.peer is not peer:

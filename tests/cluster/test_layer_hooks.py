@@ -62,11 +62,12 @@ class Run:
             apart=apart,
         )
         self.manager = Manager(passes if counts else None)
+        self.pool = SimpleNamespace(layer_transfer_counter=None)
         self.scheduler = SimpleNamespace(
             disagg_prefill_bootstrap_queue=SimpleNamespace(kv_manager=self.manager),
             enable_overlap=True,
             forward_stream=SimpleNamespace(cuda_stream=STREAM),
-            token_to_kv_pool_allocator=SimpleNamespace(page_size=PAGE),
+            token_to_kv_pool_allocator=SimpleNamespace(page_size=PAGE, get_kvcache=lambda: self.pool),
             # Request 0 has the pages 10, 11, …; request 1 the pages 50, 51, ….
             req_to_token_pool=SimpleNamespace(
                 req_to_token=torch.stack([torch.arange(160, 416), torch.arange(800, 1056)]).to(torch.int32)
@@ -123,6 +124,13 @@ def test_what_a_cache_had_goes_ahead_too() -> None:
     run, sender = Run(), Sender()
     run.batch(run.request(1, 48, 100, 100, sender))
     assert sender.went == [([50, 51, 52, 53, 54, 55, 56], 4)]
+
+
+def test_what_a_cache_beyond_the_gpu_loads_while_the_pass_runs_is_not_there_before() -> None:
+    run, sender = Run(), Sender()
+    run.pool.layer_transfer_counter = "of a hierarchical cache"
+    run.batch(run.request(1, 48, 100, 100, sender))
+    assert sender.went == [([50, 51, 52, 53, 54, 55, 56], 7)]
 
 
 def test_two_requests_of_a_batch_leave_together() -> None:

@@ -363,6 +363,19 @@ def test_a_grant_for_a_page_outside_decodes_own_pool_is_refused(pair: Pair) -> N
         pair.receiver.grant(7, pages(64), 1, 0)
 
 
+@pytest.mark.parametrize("prefix_tokens", [-LAYOUT.page_tokens, LAYOUT.page_tokens + 1])
+def test_a_prefix_that_is_not_whole_pages_fails_the_hand_off_and_nothing_else(pair: Pair, prefix_tokens: int) -> None:
+    pair.open(7)
+    pair.sender.offer(7)
+    pair.receiver.grant(7, pages(40), 1, prefix_tokens)
+
+    eventually(lambda: pair.receiver.state(7) is ReceiverState.FAILED)
+    assert pair.sender.prefix_tokens(7) == 0
+    pair.begin(8, [41])
+    pair.sender.send(8, pages(1), AUX)
+    eventually(lambda: pair.receiver.state(8) is ReceiverState.DONE)
+
+
 def test_a_hand_off_that_does_not_end_fails_at_its_deadline_on_both_sides() -> None:
     pair = Pair(("tcp",), deadlines=replace(QUICK, handoff_s=0.2))
     pair.begin(7, [40])
