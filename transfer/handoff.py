@@ -116,7 +116,8 @@ class Last(msgspec.Struct, frozen=True, array_like=True, tag="last"):
     rows: list[bytes]
     """The request's row of each auxiliary buffer."""
     writing_s: float = 0.0
-    """How long prefill was writing pages, without the time in which it computed them: what the link can do."""
+    """How long prefill was writing pages, without the time in which it computed them. Those that left ahead add none:
+    it is what the hand-off costs behind the computing, not what the link can do."""
     ahead_pages: int = 0
     """Of the pages, those that left before they were sent."""
     computing_s: float = 0.0

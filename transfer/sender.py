@@ -3,7 +3,8 @@
     scheduler's thread          the courier's thread
     offer(room)            ──>
                            <──  Grant arrives: state is GRANTED
-    ahead(rooms, pages)    ──>  where the route can: the GPU writes them once they are computed; nobody is told
+    ahead(rooms, pages)    ──>  where the route can: what is computed leaves at once, what a pass computes when that is
+                                nearly over, and the GPU writes it once it is there; nobody is told
     send(room, pages)      ──>  queued to the peer's writer: Chunk is said, the pages are written, or confirmed
     send(room, …, aux)     ──>  … then Last is said
                            <──  Ack arrives: state is DONE
